@@ -1,0 +1,5 @@
+#include "bind.h"
+
+namespace noisyseg {
+void bind_losses(py::module_&) {}
+}  // namespace noisyseg

@@ -1,0 +1,5 @@
+#include "bind.h"
+
+namespace noisyseg {
+void bind_surface(py::module_&) {}
+}  // namespace noisyseg

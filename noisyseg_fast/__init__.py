@@ -1,0 +1,49 @@
+"""Fast exact operations for segmentation with noisy, scarce or disagreeing masks.
+
+The operations are plain functions on torch, NumPy, CuPy or DLPack arrays, on the CPU or a CUDA GPU.
+`noisyseg_fast.training` and the command `noisyseg` train networks with them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from . import _core
+
+__version__: str = _core.build_info()["version"]
+
+# Public name -> the module it lives in. Loaded at first use, so that importing the package is quick
+# and the losses' need of torch is nobody else's.
+_HOME = {
+    "distance_transform_edt": "distance",
+    "signed_distance_map": "distance",
+    "surface_metrics": "metrics",
+    "overlap_metrics": "metrics",
+    "nr_dice_loss": "losses",
+    "NRDiceLoss": "losses",
+    "dice_loss": "losses",
+    "DiceLoss": "losses",
+    "pixel_loss": "losses",
+    "PixelLoss": "losses",
+}
+_MODULES = ("compat", "distance", "losses", "metrics", "reference", "sample", "training")
+
+__all__ = ["build_info", *_HOME, *_MODULES]
+
+
+def build_info() -> dict[str, Any]:
+    """What this build holds: version, compiler, CUDA version and architectures, instruction sets, threads."""
+    return dict(_core.build_info())
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

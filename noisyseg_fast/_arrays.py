@@ -1,0 +1,263 @@
+"""Any array in, the same kind out: torch, NumPy, CuPy, or whatever speaks DLPack (JAX and others).
+
+A family module asks `of(...)` for the namespace that all its arguments share, allocates its results
+there, and hands `view(x)` of each array and `exec` to the compiled module. Nothing is copied.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+Exec = tuple[int, int, int]
+
+DTYPES = ("uint8", "bool", "int32", "int64", "float16", "bfloat16", "float32", "float64")  # DType in array.h
+_CODE = {name: code for code, name in enumerate(DTYPES)}
+LABELS = ("uint8", "bool", "int32", "int64")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+MAX_RANK = 8  # Array::max_rank in array.h
+
+
+class Namespace:
+    """What the package needs of an array library, for arrays on one device."""
+
+    name: str
+    device: int = -1  # CUDA ordinal, -1 for the CPU
+
+    def view(self, x: Any) -> View:
+        raise NotImplementedError
+
+    def dtype(self, x: Any) -> str:
+        return str(x.dtype)
+
+    def empty(self, shape: Sequence[int], dtype: str) -> Any:
+        raise NotImplementedError
+
+    def back(self, x: Any) -> Any:
+        """The result as the caller's own kind of array."""
+        return x
+
+    @property
+    def exec(self) -> Exec:
+        return (-1, 0, threads())
+
+
+def threads() -> int:
+    """CPU threads to use: torch's setting when torch is loaded, otherwise OpenMP's (0)."""
+    torch = sys.modules.get("torch")
+    return int(torch.get_num_threads()) if torch is not None and hasattr(torch, "get_num_threads") else 0
+
+
+class _Numpy(Namespace):
+    name = "numpy"
+
+    def view(self, x: np.ndarray[Any, Any]) -> View:
+        size = x.itemsize
+        if any(s % size for s in x.strides) or not x.flags.aligned or not x.dtype.isnative:
+            raise ValueError(
+                "array is misaligned or not in native byte order; pass numpy.ascontiguousarray(x, dtype=...)"
+            )
+        return (
+            x.__array_interface__["data"][0],
+            _code(str(x.dtype)),
+            x.shape,
+            tuple(s // size for s in x.strides),
+        )
+
+    def empty(self, shape: Sequence[int], dtype: str) -> np.ndarray[Any, Any]:
+        return np.empty(tuple(shape), dtype)
+
+
+class _Torch(Namespace):
+    name = "torch"
+
+    def __init__(self, device: Any) -> None:
+        import torch
+
+        self._torch = torch
+        self._device = device
+        if device.type == "cuda":
+            self.device = device.index
+
+    def view(self, x: Any) -> View:
+        return (x.data_ptr(), _TORCH_CODE[x.dtype], tuple(x.shape), x.stride())
+
+    def dtype(self, x: Any) -> str:
+        return str(x.dtype)[6:]
+
+    def empty(self, shape: Sequence[int], dtype: str) -> Any:
+        return self._torch.empty(tuple(shape), dtype=getattr(self._torch, dtype), device=self._device)
+
+    @property
+    def exec(self) -> Exec:
+        if self.device < 0:
+            return (-1, 0, self._torch.get_num_threads())
+        return (self.device, self._torch.cuda.current_stream(self.device).cuda_stream, 0)
+
+
+_TORCH_CODE: dict[Any, int] = {}  # torch.dtype -> code, filled when torch is first met
+
+
+class _Cupy(Namespace):
+    name = "cupy"
+
+    def __init__(self, device: int) -> None:
+        import cupy
+
+        self._cupy = cupy
+        self.device = device
+
+    def view(self, x: Any) -> View:
+        return (x.data.ptr, _code(str(x.dtype)), x.shape, tuple(s // x.itemsize for s in x.strides))
+
+    def empty(self, shape: Sequence[int], dtype: str) -> Any:
+        with self._cupy.cuda.Device(self.device):
+            return self._cupy.empty(tuple(shape), dtype)
+
+    @property
+    def exec(self) -> Exec:
+        with self._cupy.cuda.Device(self.device):
+            return (self.device, self._cupy.cuda.get_current_stream().ptr, 0)
+
+
+class _Dlpack(Namespace):
+    """A foreign CPU array: seen through NumPy, given back through its own from_dlpack."""
+
+    name = "dlpack"
+
+    def __init__(self, like: Any) -> None:
+        self._numpy = _Numpy()
+        self._like = like
+
+    def _as_numpy(self, x: Any) -> np.ndarray[Any, Any]:
+        return x if isinstance(x, np.ndarray) else np.from_dlpack(x)
+
+    def view(self, x: Any) -> View:
+        return self._numpy.view(self._as_numpy(x))
+
+    def dtype(self, x: Any) -> str:
+        return str(self._as_numpy(x).dtype)
+
+    def empty(self, shape: Sequence[int], dtype: str) -> np.ndarray[Any, Any]:
+        return self._numpy.empty(shape, dtype)
+
+    def back(self, x: Any) -> Any:
+        own = getattr(self._like, "__array_namespace__", None)
+        return own().from_dlpack(x) if own is not None and hasattr(own(), "from_dlpack") else x
+
+
+_NUMPY = _Numpy()
+_TORCH: dict[Any, _Torch] = {}
+_CUPY: dict[int, _Cupy] = {}
+
+
+def _code(dtype: str) -> int:
+    try:
+        return _CODE[dtype]
+    except KeyError:
+        raise TypeError(f"dtype {dtype} is not supported; use one of {', '.join(DTYPES)}") from None
+
+
+def _one(x: Any, name: str) -> Namespace:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        space = _TORCH.get(x.device)
+        if space is None:
+            if x.device.type not in ("cpu", "cuda"):
+                raise TypeError(f"{name} is on device {x.device}; supported are cpu and cuda")
+            if not _TORCH_CODE:
+                _TORCH_CODE.update({getattr(torch, d): c for d, c in _CODE.items()})
+            space = _TORCH[x.device] = _Torch(x.device)
+        if x.layout is not torch.strided:
+            raise TypeError(f"{name} is a sparse tensor ({x.layout}); pass {name}.to_dense()")
+        if x.dtype not in _TORCH_CODE:
+            raise TypeError(f"{name} has dtype {x.dtype}; use one of {', '.join(DTYPES)}")
+        return space
+    if isinstance(x, np.ndarray):
+        if str(x.dtype) not in _CODE and str(x.dtype.newbyteorder("=")) not in _CODE:
+            raise TypeError(f"{name} has dtype {x.dtype}; use one of {', '.join(DTYPES)}")
+        return _NUMPY
+    if type(x).__module__.split(".")[0] == "cupy" and hasattr(x, "data"):
+        device = int(x.device.id)
+        return _CUPY.setdefault(device, _Cupy(device))
+    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
+        kind = int(x.__dlpack_device__()[0])
+        if kind == 1:
+            return _Dlpack(x)
+        raise TypeError(f"{name} is a {type(x).__name__} on a GPU; pass torch.from_dlpack({name}) or CuPy's")
+    raise TypeError(
+        f"{name} must be a torch tensor, a NumPy or CuPy array or a DLPack object, not {type(x).__name__}"
+    )
+
+
+def of(**arrays: Any) -> Namespace:
+    """The namespace that all given arrays share; None is skipped. The names are for error messages.
+
+    Raises TypeError when an argument is no array, has an unsupported dtype, or when kinds are mixed,
+    ValueError when devices are.
+    """
+    first: Namespace | None = None
+    first_name = ""
+    for name, x in arrays.items():
+        if x is None:
+            continue
+        space = _one(x, name)
+        if first is None:
+            first, first_name = space, name
+        elif space is not first and not (space.name == first.name == "dlpack"):
+            if space.name != first.name:
+                raise TypeError(
+                    f"{first_name} is a {first.name} array and {name} a {space.name} array; pass both as one kind"
+                )
+            raise ValueError(
+                f"{first_name} is on device {_device_name(first)} and {name} on {_device_name(space)}; "
+                "move them to the same device"
+            )
+    if first is None:
+        raise TypeError("at least one array is needed")
+    if first.device >= 0:
+        _need_cuda()
+    return first
+
+
+def _device_name(space: Namespace) -> str:
+    return "cpu" if space.device < 0 else f"cuda:{space.device}"
+
+
+def _need_cuda() -> None:
+    from . import _core
+
+    if _core.build_info()["cuda"] is None:
+        raise RuntimeError(
+            "this build of noisyseg_fast has no CUDA kernels; reinstall with nvcc on PATH and FORCE_CUDA=1 "
+            "(pip install --no-binary :all: noisyseg-fast), or pass CPU arrays"
+        )
+
+
+def check_dtype(name: str, dtype: str, allowed: Sequence[str]) -> None:
+    if dtype not in allowed:
+        raise TypeError(f"{name} has dtype {dtype}; use one of {', '.join(allowed)}")
+
+
+def check_rank(name: str, x: Any) -> None:
+    if len(x.shape) > MAX_RANK:
+        raise ValueError(f"{name} has {len(x.shape)} dimensions; at most {MAX_RANK} are supported")
+
+
+def spacing_per_axis(spacing: float | Sequence[float] | None, spatial_dims: int) -> tuple[float, ...]:
+    """spacing as one positive finite float for each spatial axis; None is 1."""
+    if spacing is None:
+        return (1.0,) * spatial_dims
+    if isinstance(spacing, (int, float)):
+        values: tuple[float, ...] = (float(spacing),) * spatial_dims
+    else:
+        values = tuple(float(s) for s in spacing)
+    if len(values) != spatial_dims:
+        raise ValueError(f"spacing has {len(values)} values for {spatial_dims} spatial axes")
+    if not all(0 < s < float("inf") for s in values):
+        raise ValueError(f"spacing must be positive and finite, got {values}")
+    return values
