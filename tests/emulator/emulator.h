@@ -6,7 +6,7 @@
 // once, block after block. Each CUDA thread is a fiber of one CPU thread, and to ThreadSanitizer a
 // thread of its own: only what orders threads in CUDA orders them here (launches, __syncthreads and its
 // kin, __syncwarp, __threadfence; shuffles and ballots order nothing), so a missing barrier is a data
-// race whatever the schedule, within a block and between blocks. Reported and ended with exit code 70:
+// race whatever the schedule, within a block and, as a rule, between blocks. Reported and ended with exit code 70:
 // a barrier or warp intrinsic that not all named threads reach, barriers that threads reach at different
 // lines, launches that no GPU accepts. A block finds its shared memory filled with 0xFF (static arrays
 // only under ThreadSanitizer or none; AddressSanitizer gets red zones around them instead), and a shuffle
@@ -100,7 +100,7 @@ struct Fiber {
   uint64_t value;
 };
 
-inline Fiber fibers[max_threads];
+inline Fiber fibers[2][max_threads];  // two sets, so that two blocks are unordered for ThreadSanitizer
 inline Fiber* slot[max_threads];  // thread of the block -> fiber
 inline void* scheduler_sp;
 inline void* scheduler_tsan;
@@ -108,7 +108,8 @@ inline int current;  // linear index of the running thread
 inline int block_size;
 inline unsigned barriers;
 inline unsigned warp_syncs[max_threads];
-inline char barrier_tag[2], warp_tag[max_threads][2], begin_tag, end_tag, fence_tag;
+inline char begin_tag, end_tag, fence_tag;
+alignas(8) inline char block_tags[2 * max_threads + 8];  // a pair for each warp, a pair for the block
 inline unsigned char* dynamic_shared;
 inline const char* kernel_name = "";
 inline void (*run_thread)(void*);
@@ -117,12 +118,21 @@ inline void* run_argument;
 #ifdef __SANITIZE_THREAD__
 inline void before(void* tag) { __tsan_release(tag); }
 inline void after(void* tag) { __tsan_acquire(tag); }
+extern "C" void __tsan_java_alloc(void*, size_t);
+extern "C" void __tsan_java_free(void*, size_t);
+inline void forget(void* begin, size_t size) {  // what was done with this memory was done with another
+  const uintptr_t from = reinterpret_cast<uintptr_t>(begin) & ~uintptr_t{7};
+  const size_t whole = (reinterpret_cast<uintptr_t>(begin) + size - from + 7) & ~size_t{7};
+  __tsan_java_free(reinterpret_cast<void*>(from), whole);
+  __tsan_java_alloc(reinterpret_cast<void*>(from), whole);
+}
 inline void* new_tsan() { return __tsan_create_fiber(0); }
 inline void* this_tsan() { return __tsan_get_current_fiber(); }
 #define NOISYSEG_SWITCH_TSAN(to) __tsan_switch_to_fiber(to, __tsan_switch_to_fiber_no_sync)
 #else
 inline void before(void*) {}
 inline void after(void*) {}
+inline void forget(void*, size_t) {}
 inline void* new_tsan() { return nullptr; }
 inline void* this_tsan() { return nullptr; }
 #define NOISYSEG_SWITCH_TSAN(to) (void)(to)
@@ -180,7 +190,7 @@ NOISYSEG_UNSEEN inline void resume(int thread) {
 
 NOISYSEG_UNSEEN inline uint64_t barrier(int line, Vote vote = Vote::none, int predicate = 0) {
   Fiber& f = *slot[current];
-  char* tag = &barrier_tag[barriers & 1];
+  char* tag = &block_tags[2 * max_threads + (barriers & 1)];
   f.state = State::barrier;
   f.line = line;
   f.vote = vote;
@@ -222,7 +232,7 @@ NOISYSEG_UNSEEN inline uint64_t warp_op(WarpOp op, int line, unsigned mask, uint
   if (!(mask >> (current & 31) & 1)) fail("a thread calls a warp intrinsic with a mask that leaves it out");
   mask &= lanes_of(current);
   const int group = current / 32 * 32 + __builtin_ctz(mask);
-  char* tag = &warp_tag[group][warp_syncs[group] & 1];
+  char* tag = &block_tags[2 * group + (warp_syncs[group] & 1)];
   f.state = State::warp;
   f.line = line;
   f.op = op;
@@ -294,10 +304,14 @@ inline bool reversed() {
   return wish;
 }
 
-NOISYSEG_UNSEEN inline void run_block() {
+NOISYSEG_UNSEEN inline void run_block(uint64_t block) {
+  const int set = __builtin_popcountll(block) & 1;  // neighbours at 1, 2, 4, ... often differ
+  blockIdx = {static_cast<unsigned>(block % gridDim.x), static_cast<unsigned>(block / gridDim.x % gridDim.y),
+              static_cast<unsigned>(block / gridDim.x / gridDim.y)};
+  forget(block_tags, sizeof block_tags);
   barriers = 0;
   for (int t = 0; t < block_size; ++t) {
-    slot[t] = &fibers[t];
+    slot[t] = &fibers[set][t];
     Fiber& f = *slot[t];
     f.state = State::ready;
     f.line = 0;
@@ -330,6 +344,12 @@ NOISYSEG_UNSEEN inline void run_block() {
   }
 }
 
+NOISYSEG_UNSEEN inline void set_sizes(dim3 grid, dim3 block) {
+  blockDim = block;
+  gridDim = grid;
+  blockIdx = {0, 0, 0};
+}
+
 // The executable's thread-local variables: the static __shared__ arrays.
 struct Range {
   void* begin = nullptr;
@@ -359,8 +379,8 @@ constexpr int default_shared = 48 << 10, most_shared = 99 << 10;  // compute cap
 template <class... P, class... A>
 void launch(const char* name, dim3 grid, dim3 block, size_t shared, void (*kernel)(P...), A&&... args) {
   kernel_name = name;
-  blockIdx = {0, 0, 0};
   const auto limit = shared_limits().find(reinterpret_cast<const void*>(kernel));
+  set_sizes(grid, block);
   if (size_t{block.x} * block.y * block.z - 1 >= max_threads || block.z > 64) fail("bad block size");
   if (grid.x - 1u >= 0x7fffffffu || grid.y - 1u >= 65535 || grid.z - 1u >= 65535) fail("bad grid size");
   if (shared > static_cast<size_t>(limit == shared_limits().end() ? default_shared : limit->second))
@@ -372,24 +392,22 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared, void (*kerne
   } call{kernel, &values};
   run_thread = [](void* c) { std::apply(static_cast<Call*>(c)->kernel, *static_cast<Call*>(c)->values); };
   run_argument = &call;
-  blockDim = block;
-  gridDim = grid;
   block_size = static_cast<int>(block.x * block.y * block.z);
   scheduler_tsan = this_tsan();
   static const Range statics = static_shared();
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  forget(&fence_tag, 1);
+  dynamic_shared = static_cast<unsigned char*>(std::malloc(shared));
   for (uint64_t i = 0; i < blocks; ++i) {
-    const uint64_t b = reversed() ? blocks - 1 - i : i;
-    blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-                static_cast<unsigned>(b / grid.x / grid.y)};
+    forget(statics.begin, statics.size);
+    forget(dynamic_shared, shared);
     if (statics.size) std::memset(statics.begin, 0xFF, statics.size);
-    dynamic_shared = static_cast<unsigned char*>(std::malloc(shared));
     std::memset(dynamic_shared, 0xFF, shared);
     before(&begin_tag);
-    run_block();
-    after(&end_tag);
-    std::free(dynamic_shared);
+    run_block(reversed() ? blocks - 1 - i : i);
   }
+  after(&end_tag);
+  std::free(dynamic_shared);
 }
 
 // ---- warps -------------------------------------------------------------------------------------

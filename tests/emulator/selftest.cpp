@@ -1,6 +1,6 @@
 // The emulator itself: shuffles, votes, barriers, atomics and shared memory against what CUDA documents.
 // One argument plants a bug, which the sanitizer or the emulator must report (tests/test_emulator.py):
-//   race, block-race, shared-overrun, static-overrun, global-overrun, diverge, exit, lanes, limit
+//   race, warp-race, block-race, shared-overrun, static-overrun, global-overrun, diverge, exit, lanes, limit
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -89,7 +89,7 @@ __global__ void warp_functions(Warp* out, int n) {
   w.voted_count = __syncthreads_count(t % 3 == 0);
   fresh[t] = 0;
   __syncwarp();
-  out[t] = w;
+  out[blockIdx.x * blockDim.x + threadIdx.x] = w;
 }
 
 __global__ void atomics(int* i, unsigned* u, unsigned long long* l) {
@@ -136,7 +136,7 @@ void check_all(const noisyseg::Exec& exec) {
   }
 
   const int n = 77;  // two full warps and a tail of 13
-  std::vector<Warp> w(n);
+  std::vector<Warp> w(2 * n);
   NOISYSEG_LAUNCH((warp_functions), 2, n, 0, exec, w.data(), n);
   for (int t = 0; t < n; ++t) {
     const int base = t / 32 * 32, lane = t % 32, lanes = base + 32 <= n ? 32 : n - base;
