@@ -7,6 +7,7 @@
 # Needs python3 with torch, numpy, pytest, pybind11; cmake, ninja, nvcc. Results go to $OUT/<gpu> where OUT
 # is set, otherwise to bench/results/<gpu>. A stage that fails is noted and the next one runs; the exit
 # code is the number of stages that failed.
+# shellcheck disable=SC2329  # the stages are called by name
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 
@@ -33,7 +34,7 @@ export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD
 } >"$out/machine.txt" 2>&1
 : >"$log"
 
-build() { # for this GPU alone; python -m build and CI build for all
+stage_build() { # machine code for this GPU alone
   TORCH_CUDA_ARCH_LIST=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1) FORCE_CUDA=1 \
     cmake -S . -B build/gpu -G Ninja -Dpybind11_DIR="$(python3 -m pybind11 --cmakedir)" \
     -DPython_EXECUTABLE="$(python3 -c 'import sys; print(sys.executable)')" &&
@@ -41,40 +42,24 @@ build() { # for this GPU alone; python -m build and CI build for all
     python3 -c 'import noisyseg_fast; print(noisyseg_fast.build_info())'
 }
 
-test() { python3 -m pytest tests/gpu -p no:cacheprovider --durations=15 -rs; }
+stage_test() { python3 -m pytest tests/gpu -p no:cacheprovider --durations=15 -rs; }
 
 # torch's cache would hide an overrun inside one large allocation
 sanitizer() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 \
     --kernel-regex kns=noisyseg python3 -m pytest tests/gpu -m small -p no:cacheprovider
 }
-memcheck() { sanitizer memcheck; }
-racecheck() { sanitizer racecheck; }
+stage_memcheck() { sanitizer memcheck; }
+stage_racecheck() { sanitizer racecheck; }
 
-bench() { python3 -m bench --out "$out"; }
+stage_bench() { python3 -m bench --out "$out"; }
 
-operations='
-import torch, noisyseg_fast as nf
-z = torch.randn(128, 1, 64, 64, device="cuda", requires_grad=True)
-y = (torch.rand(128, 64, 64, device="cuda") > 0.5).to(torch.uint8)
-big = torch.randn(4, 1, 112, 112, 80, device="cuda", requires_grad=True)
-label = (torch.rand(4, 112, 112, 80, device="cuda") > 0.5).to(torch.uint8)
-for x, t in ((z, y), (big, label)):
-    nf.nr_dice_loss(x, t).backward()
-    nf.dice_loss(x, t).backward()
-    nf.pixel_loss(x, t, activation="sigmoid").backward()
-    nf.distance_transform_edt(t, spatial_dims=t.dim() - 1)
-    nf.signed_distance_map(t, spatial_dims=t.dim() - 1)
-    nf.surface_metrics(t, t.roll(1, -1), spatial_dims=t.dim() - 1)
-    nf.overlap_metrics(t, t.roll(1, -1), spatial_dims=t.dim() - 1)
-torch.cuda.synchronize()
-'
-profile() {
+stage_profile() {
   if command -v ncu >/dev/null; then
     ncu --clock-control none --kernel-name-base demangled -k regex:noisyseg \
-      --section SpeedOfLight --section LaunchStats --section Occupancy python3 -c "$operations"
+      --section SpeedOfLight --section LaunchStats --section Occupancy python3 bench/gpu/operations.py
   elif command -v nsys >/dev/null; then
-    nsys profile --force-overwrite true --stats true -o build/profile python3 -c "$operations"
+    nsys profile --force-overwrite true --stats true -o build/profile python3 bench/gpu/operations.py
   else
     echo "neither ncu nor nsys is here"
   fi
@@ -90,13 +75,13 @@ run_stage() { # name, seconds at most
     return
   fi
   echo "=== $1" >>"$log"
-  timeout --kill-after=5 "$limit" bash -c "$1" >>"$log" 2>&1 || code=$?
+  timeout --kill-after=5 "$limit" bash -c "stage_$1" >>"$log" 2>&1 || code=$?
   [ "$code" -eq 0 ] || failed=$((failed + 1))
   echo "$1: $([ "$code" -eq 0 ] && echo ok || echo "failed with code $code") in $((SECONDS - begin)) s of $limit" |
     tee -a "$log"
 }
-export out operations
-export -f build test sanitizer memcheck racecheck bench profile
+export out
+export -f stage_build stage_test sanitizer stage_memcheck stage_racecheck stage_bench stage_profile
 
 for stage in "${stages[@]}"; do
   case $stage in
