@@ -1,1 +1,700 @@
+// Surface and overlap metrics on the CPU.
+//
+// A mask is kept as one bit per voxel, rows of 64-bit words along the axis with the smallest stride: a
+// surface is then a few word operations, and the nearest surface voxel on a row one count of zeros.
+// Each surface voxel looks for the other surface on the rows around it, nearest rows first, until no
+// row can be nearer than what it has found: work follows the distances, and no distance map is made.
+// Voxels that find nothing within about 16 voxels take their distance from an exact map of the box
+// around both masks (cpu/edt.h), which is touched only then.
+#include <omp.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "cpu/edt.h"
 #include "cpu/isa.h"
+#include "formulas/surface.h"
+#include "noisyseg/surface.h"
+#if defined(__AVX2__) || defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace noisyseg {
+namespace {
+using formulas::MaskPairs;
+
+constexpr int64_t max_offsets = 1024;
+
+int64_t align(int64_t bytes) { return (bytes + 63) & ~int64_t{63}; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+int lowest_bit(uint64_t word) { return __builtin_ctzll(word); }
+int highest_bit(uint64_t word) { return 63 - __builtin_clzll(word); }
+
+int thread_count(const Exec& exec) { return exec.threads > 0 ? exec.threads : omp_get_max_threads(); }
+
+// f(item, threads for its own use): items in parallel when there are enough of them, else one by one.
+template <class F>
+void for_each_item(int64_t items, int threads, const F& f) {
+  if (items < 2 * threads || threads == 1) {
+    for (int64_t item = 0; item < items; ++item) f(item, threads, 0);
+    return;
+  }
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t item = 0; item < items; ++item) f(item, 1, omp_get_thread_num());
+}
+
+template <class T>
+void swap(T& a, T& b) {
+  const T t = a;
+  a = b;
+  b = t;
+}
+
+void swap_axes(MaskPairs& m, int a, int b) {
+  swap(m.shape[a], m.shape[b]);
+  swap(m.spatial[a], m.spatial[b]);
+  swap(m.spacing[a], m.spacing[b]);
+  for (int side = 0; side < 2; ++side) swap(m.strides[side][a], m.strides[side][b]);
+}
+
+// The spatial axes by falling stride of pred, so that rows lie along memory whatever the layout; a flat
+// image as planes of one row each, since work is shared out by planes.
+MaskPairs in_memory_order(MaskPairs m) {
+  for (int a : {0, 1, 0})
+    if (m.spatial[a] && llabs(m.strides[0][a]) < llabs(m.strides[0][a + 1])) swap_axes(m, a, a + 1);
+  if (!m.spatial[0] && m.spatial[1]) swap_axes(m, 0, 1);
+  return m;
+}
+
+// ---- masks to bits ---------------------------------------------------------------------------------
+
+uint64_t pack64(const uint8_t* p) {
+#if defined(__AVX2__)
+  const __m256i zero = _mm256_setzero_si256();
+  const auto part = [&](const uint8_t* q) -> uint32_t {
+    return static_cast<uint32_t>(_mm256_movemask_epi8(
+        _mm256_cmpeq_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)), zero)));
+  };
+  return ~(part(p) | static_cast<uint64_t>(part(p + 32)) << 32);
+#elif defined(__SSE2__)
+  const __m128i zero = _mm_setzero_si128();
+  uint64_t word = 0;
+  for (int i = 0; i < 4; ++i)
+    word |= static_cast<uint64_t>(static_cast<uint32_t>(_mm_movemask_epi8(
+                _mm_cmpeq_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * i)), zero))))
+            << 16 * i;
+  return ~word;
+#else
+  uint64_t word = 0;
+  for (int i = 0; i < 64; ++i) word |= static_cast<uint64_t>(p[i] != 0) << i;
+  return word;
+#endif
+}
+
+template <class T>
+uint64_t pack_some(const T* p, int64_t stride, int64_t n) {
+  uint64_t word = 0;
+  for (int64_t i = 0; i < n; ++i) word |= static_cast<uint64_t>(p[i * stride] != 0) << i;
+  return word;
+}
+
+// Bits 64 w to 64 w + 63 of a row of n voxels.
+uint64_t pack_word(const void* data, int bytes, int64_t first, int64_t stride, int64_t w, int64_t n) {
+  const int64_t count = smaller(64, n - 64 * w), element = first + 64 * w * stride;
+  if (bytes == 1) {
+    const uint8_t* p = static_cast<const uint8_t*>(data) + element;
+    return stride == 1 && count == 64 ? pack64(p) : pack_some(p, stride, count);
+  }
+  if (bytes == 4) return pack_some(static_cast<const int32_t*>(data) + element, stride, count);
+  return pack_some(static_cast<const int64_t*>(data) + element, stride, count);
+}
+
+// ---- surfaces --------------------------------------------------------------------------------------
+
+// What one item occupies in the first buffer. A row is `words` words of bits and one of zeros, which
+// also stands before the first row: word -1 and word `words` of a row are always there and zero.
+struct Layout {
+  int64_t words, row, plane, volume;                 // in words; row = words + 1
+  int64_t columns, rows, count, bits, item_bytes;    // offsets in bytes
+};
+
+Layout layout_of(const int64_t shape[3]) {
+  Layout l;
+  l.words = (shape[2] + 63) / 64;
+  l.row = l.words + 1;
+  l.plane = shape[1] * l.row;
+  l.volume = shape[0] * l.plane + 1;
+  l.columns = align(16 * 8);                                // after the Box
+  l.rows = l.columns + align(shape[0] * l.words * 8);       // per plane: OR of all its rows
+  l.count = l.rows + align(shape[0] * 2 * 8);               // per plane: first and last row with an object
+  l.bits = l.count + align(2 * (shape[0] + 1) * 8);         // per side and plane: surface voxels before it
+  l.item_bytes = l.bits + align(4 * l.volume * 8);
+  return l;
+}
+
+// The smallest box around both masks, and how many surface voxels each has.
+struct Box {
+  int64_t low[3], shape[3];
+  int64_t count[2];
+};
+
+struct Item {
+  Box* box;
+  uint64_t* columns;
+  int64_t* rows;
+  int64_t* count[2];
+  uint64_t* mask[2];     // word 0 of the first row
+  uint64_t* surface[2];  // the same places
+};
+
+Item item_at(void* buffer, const Layout& l, const int64_t shape[3], int64_t item) {
+  char* base = static_cast<char*>(buffer) + item * l.item_bytes;
+  Item r;
+  r.box = reinterpret_cast<Box*>(base);
+  r.columns = reinterpret_cast<uint64_t*>(base + l.columns);
+  r.rows = reinterpret_cast<int64_t*>(base + l.rows);
+  uint64_t* bits = reinterpret_cast<uint64_t*>(base + l.bits);
+  for (int side = 0; side < 2; ++side) {
+    r.count[side] = reinterpret_cast<int64_t*>(base + l.count) + side * (shape[0] + 1);
+    r.mask[side] = bits + side * l.volume + 1;
+    r.surface[side] = bits + (2 + side) * l.volume + 1;
+  }
+  return r;
+}
+
+// Bits of both masks; per plane the rows and columns in use. Reads each mask once.
+void pack(const MaskPairs& m, const Layout& l, int64_t index, const Item& item, int threads) {
+  const int64_t *n = m.shape, base[2] = {item_offset(m, 0, index), item_offset(m, 1, index)};
+  for (int side = 0; side < 2; ++side) item.mask[side][-1] = 0;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t z = 0; z < n[0]; ++z) {
+    uint64_t* columns = item.columns + z * l.words;
+    int64_t first = n[1], last = -1;
+    for (int64_t w = 0; w < l.words; ++w) columns[w] = 0;
+    for (int64_t y = 0; y < n[1]; ++y) {
+      uint64_t any = 0, *to[2];
+      for (int side = 0; side < 2; ++side) {
+        to[side] = item.mask[side] + z * l.plane + y * l.row;
+        const int64_t row = base[side] + z * m.strides[side][0] + y * m.strides[side][1];
+        for (int64_t w = 0; w < l.words; ++w) {
+          to[side][w] = pack_word(m.data[side], m.bytes[side], row, m.strides[side][2], w, n[2]);
+          any |= to[side][w];
+        }
+        to[side][l.words] = 0;
+      }
+      if (!any) continue;
+      for (int64_t w = 0; w < l.words; ++w) columns[w] |= to[0][w] | to[1][w];
+      first = smaller(first, y);
+      last = y;
+    }
+    item.rows[2 * z] = first;
+    item.rows[2 * z + 1] = last;
+  }
+}
+
+Box find_box(const int64_t n[3], const Layout& l, const Item& item) {
+  int64_t low[3] = {n[0], n[1], n[2]}, high[3] = {-1, -1, -1};
+  for (int64_t z = 0; z < n[0]; ++z) {
+    if (item.rows[2 * z + 1] < 0) continue;
+    low[0] = smaller(low[0], z);
+    high[0] = z;
+    low[1] = smaller(low[1], item.rows[2 * z]);
+    high[1] = larger(high[1], item.rows[2 * z + 1]);
+    for (int64_t w = 0; w < l.words; ++w) {
+      const uint64_t word = item.columns[z * l.words + w];
+      if (!word) continue;
+      low[2] = smaller(low[2], 64 * w + lowest_bit(word));
+      high[2] = larger(high[2], 64 * w + highest_bit(word));
+    }
+  }
+  Box box = {};
+  for (int i = 0; i < 3; ++i) {
+    box.low[i] = high[i] < 0 ? 0 : low[i];
+    box.shape[i] = high[i] < 0 ? 0 : high[i] - low[i] + 1;
+  }
+  return box;
+}
+
+// surface = mask and not all face neighbours, inside the box; counts per plane, summed up.
+void extract(const MaskPairs& m, const Layout& l, const Item& item, int threads) {
+  Box& box = *item.box;
+  const int64_t z0 = box.low[0], z1 = z0 + box.shape[0], y0 = box.low[1], y1 = y0 + box.shape[1];
+  const int64_t w0 = box.low[2] / 64, w1 = (box.low[2] + box.shape[2] + 63) / 64;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t z = z0; z < z1; ++z)
+    for (int side = 0; side < 2; ++side) {
+      int64_t count = 0;
+      for (int64_t y = y0; y < y1; ++y) {
+        const uint64_t* in = item.mask[side] + z * l.plane + y * l.row;
+        uint64_t* out = item.surface[side] + z * l.plane + y * l.row;
+        out[w0 - 1] = out[w1] = 0;
+        for (int64_t w = w0; w < w1; ++w) {
+          const uint64_t word = in[w];
+          out[w] = 0;
+          if (!word) continue;
+          uint64_t inner = (word << 1 | in[w - 1] >> 63) & (word >> 1 | in[w + 1] << 63);
+          if (m.spatial[1])
+            inner &= (y > 0 ? in[w - l.row] : 0) & (y + 1 < m.shape[1] ? in[w + l.row] : 0);
+          if (m.spatial[0])
+            inner &= (z > 0 ? in[w - l.plane] : 0) & (z + 1 < m.shape[0] ? in[w + l.plane] : 0);
+          out[w] = word & ~inner;
+          count += __builtin_popcountll(out[w]);
+        }
+      }
+      item.count[side][z + 1 - z0] = count;
+    }
+  for (int side = 0; side < 2; ++side) {
+    item.count[side][0] = 0;
+    for (int64_t z = 0; z < box.shape[0]; ++z) item.count[side][z + 1] += item.count[side][z];
+    box.count[side] = item.count[side][box.shape[0]];
+  }
+}
+
+// ---- nearest surface voxel -------------------------------------------------------------------------
+
+// Squared lengths as integers for equal spacings (times the squared spacing in the end), else as doubles.
+template <class T>
+struct Offset {
+  T squared;
+  int32_t dz, dy;
+};
+
+// Row offsets that a search visits, nearest first, and what the next one would cost.
+template <class T>
+struct Rings {
+  Offset<T>* offsets;
+  int64_t count;
+  T beyond;    // no row outside the list is nearer; far when the list holds every row
+  T unit[3];   // squared spacing
+  T along[65]; // squared distance along a row
+};
+
+template <class T>
+constexpr T far = T(1) << 62;
+template <>
+constexpr double far<double> = HUGE_VAL;
+
+template <class T>
+T square_of(int64_t steps, T unit) { return T(steps * steps) * unit; }
+
+// How far the list reaches along z and y: all rows of a flat image, about max_offsets / 1.3 of a volume.
+void reach(const Box& box, const double spacing[3], int64_t out[2]) {
+  out[0] = larger(box.shape[0] - 1, 0);
+  out[1] = larger(box.shape[1] - 1, 0);
+  if ((2 * out[0] + 1) * (2 * out[1] + 1) <= max_offsets) return;
+  if (out[0] == 0 || out[1] == 0) return;
+  const double radius = std::sqrt(800 / 3.2 * spacing[0] * spacing[1]);
+  out[0] = smaller(out[0], larger(1, static_cast<int64_t>(radius / spacing[0])));
+  out[1] = smaller(out[1], larger(1, static_cast<int64_t>(radius / spacing[1])));
+}
+int64_t offset_count(const int64_t reach[2]) { return (2 * reach[0] + 1) * (2 * reach[1] + 1); }
+
+template <class T>
+void make_rings(Rings<T>& r, const Box& box, const double spacing[3], bool equal) {
+  int64_t to[2];
+  reach(box, spacing, to);
+  for (int i = 0; i < 3; ++i) r.unit[i] = equal ? T(1) : T(spacing[i] * spacing[i]);
+  for (int i = 0; i < 65; ++i) r.along[i] = square_of<T>(i, r.unit[2]);
+  r.beyond = far<T>;
+  if (to[0] < box.shape[0] - 1) r.beyond = square_of<T>(to[0] + 1, r.unit[0]);
+  if (to[1] < box.shape[1] - 1) {
+    const T y = square_of<T>(to[1] + 1, r.unit[1]);
+    r.beyond = y < r.beyond ? y : r.beyond;
+  }
+  r.count = 0;
+  for (int64_t dz = -to[0]; dz <= to[0]; ++dz)
+    for (int64_t dy = -to[1]; dy <= to[1]; ++dy) {
+      const T squared = square_of<T>(dz, r.unit[0]) + square_of<T>(dy, r.unit[1]);
+      if (squared < r.beyond)
+        r.offsets[r.count++] = {squared, static_cast<int32_t>(dz), static_cast<int32_t>(dy)};
+    }
+  for (int64_t gap = r.count / 2; gap > 0; gap = gap == 2 ? 1 : gap * 5 / 11)  // Shell sort
+    for (int64_t i = gap; i < r.count; ++i) {
+      const Offset<T> x = r.offsets[i];
+      int64_t j = i;
+      for (; j >= gap && x.squared < r.offsets[j - gap].squared; j -= gap) r.offsets[j] = r.offsets[j - gap];
+      r.offsets[j] = x;
+    }
+}
+
+// Steps from voxel x of a row to the nearest set bit, if it is under `limit`; words first..end - 1 hold the bits.
+int64_t steps_along(const uint64_t* row, int64_t x, int64_t first, int64_t end, int64_t limit) {
+  for (int64_t k = x / 64 + 1; k < end && 64 * k - x < limit; ++k)
+    if (row[k]) limit = smaller(limit, 64 * k + lowest_bit(row[k]) - x);
+  for (int64_t k = x / 64 - 1; k >= first && x - 64 * k - 63 < limit; --k)
+    if (row[k]) limit = smaller(limit, x - 64 * k - highest_bit(row[k]));
+  return limit;
+}
+
+struct Sites {
+  const uint64_t* bits;  // word 0 of the box's first row
+  int64_t plane, row, first, end, shape[2];
+};
+
+// Squared distance from voxel (z, y, x) to the nearest set bit on the row (z + dz, y + dy), if under best.
+template <class T>
+inline __attribute__((always_inline)) T on_row(const Sites& s, const Rings<T>& r, int64_t z, int64_t y, int64_t x,
+                                               T squared, T best) {
+  const uint64_t* row = s.bits + z * s.plane + y * s.row;
+  const int64_t k = x >> 6;
+  const int shift = static_cast<int>(x & 63);
+  const uint64_t right = row[k] >> shift | row[k + 1] << 1 << (63 - shift);
+  const uint64_t left = row[k] << (63 - shift) | row[k - 1] >> 1 >> shift;
+  if (right | left) {
+    const int a = right ? lowest_bit(right) : 64, b = left ? __builtin_clzll(left) : 64;
+    const T d = squared + r.along[a < b ? a : b];
+    return d < best ? d : best;
+  }
+  if (squared + r.along[64] >= best) return best;
+  const int64_t none = int64_t{1} << 30, steps = steps_along(row, x, s.first, s.end, none);
+  const T d = squared + square_of<T>(steps, r.unit[2]);
+  return steps < none && d < best ? d : best;
+}
+
+template <class T>
+T nearest(const Sites& s, const Rings<T>& r, int64_t z, int64_t y, int64_t x) {
+  T best = far<T>;
+  for (int64_t i = 0; i < r.count; ++i) {
+    const Offset<T> o = r.offsets[i];
+    if (o.squared >= best) break;
+    const int64_t v = z + o.dz, u = y + o.dy;
+    if (static_cast<uint64_t>(v) < static_cast<uint64_t>(s.shape[0]) &&
+        static_cast<uint64_t>(u) < static_cast<uint64_t>(s.shape[1]))
+      best = on_row(s, r, v, u, x, o.squared, best);
+  }
+  return best;
+}
+
+// The same over every row of the box, for the few voxels that the list left open.
+template <class T>
+T nearest_of_all(const Sites& s, const Rings<T>& r, int64_t z, int64_t y, int64_t x, T best) {
+  const auto outward = [](int64_t i, int64_t at) { return at + (i & 1 ? i / 2 + 1 : -(i / 2)); };
+  for (int64_t i = 0; i <= 2 * s.shape[0]; ++i) {
+    const int64_t v = outward(i, z);
+    const T dz = square_of<T>(v - z, r.unit[0]);
+    if (dz >= best) break;
+    if (v < 0 || v >= s.shape[0]) continue;
+    for (int64_t j = 0; j <= 2 * s.shape[1]; ++j) {
+      const int64_t u = outward(j, y);
+      const T squared = dz + square_of<T>(u - y, r.unit[1]);
+      if (squared >= best) break;
+      if (u >= 0 && u < s.shape[1]) best = on_row(s, r, v, u, x, squared, best);
+    }
+  }
+  return best;
+}
+
+// f(position in the list, z, y, x) for each surface voxel of a side; z, y count from the box's corner,
+// x from the row's first bit. Planes in parallel. Returns the sum of what f returns.
+template <class F>
+int64_t for_each_voxel(const Item& item, const Layout& l, int side, int threads, const F& f) {
+  const Box& box = *item.box;
+  const int64_t w0 = box.low[2] / 64, w1 = (box.low[2] + box.shape[2] + 63) / 64;
+  int64_t total = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1) reduction(+ : total)
+  for (int64_t z = 0; z < box.shape[0]; ++z) {
+    int64_t position = item.count[side][z];
+    if (position == item.count[side][z + 1]) continue;
+    for (int64_t y = 0; y < box.shape[1]; ++y) {
+      const uint64_t* row = item.surface[side] + (z + box.low[0]) * l.plane + (y + box.low[1]) * l.row;
+      for (int64_t w = w0; w < w1; ++w)
+        for (uint64_t word = row[w]; word; word &= word - 1)
+          total += f(position++, z, y, 64 * w + lowest_bit(word));
+    }
+  }
+  return total;
+}
+
+// An exact map of squared distances of the whole box to the other surface, for those still open.
+template <class Real>
+void distances_from_map(const Item& item, const Layout& l, int side, const double spacing[3], double scale,
+                        double* squared, void* scratch, int threads) {
+  const Box& box = *item.box;
+  const int64_t *n = box.shape, voxels = n[0] * n[1] * n[2];
+  char* base = static_cast<char*>(scratch);
+  Real* map = reinterpret_cast<Real*>(base);
+  uint8_t* sites = reinterpret_cast<uint8_t*>(base + align(voxels * sizeof(Real)));
+  std::memset(sites, 0, voxels);
+  const auto voxel = [&](int64_t z, int64_t y, int64_t x) { return (z * n[1] + y) * n[2] + x - box.low[2]; };
+  for_each_voxel(item, l, 1 - side, threads, [&](int64_t, int64_t z, int64_t y, int64_t x) {
+    return sites[voxel(z, y, x)] = 1;
+  });
+  NOISYSEG_ISA::squared_distance(sites, map, sites + align(voxels), n, spacing, threads);
+  for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
+    if (squared[i] < 0) squared[i] = static_cast<double>(map[voxel(z, y, x)]) * scale;
+    return 0;
+  });
+}
+
+// A map in single precision is exact for steps of 1 while squared lengths stay below 2^24.
+bool exact_in_float(const Box& box, bool equal) {
+  const int64_t* n = box.shape;
+  return equal && n[0] * n[0] + n[1] * n[1] + n[2] * n[2] < int64_t{1} << 24;
+}
+
+int64_t map_bytes(const Box& box, bool equal, int threads) {
+  const int64_t voxels = box.shape[0] * box.shape[1] * box.shape[2];
+  const bool wide = !exact_in_float(box, equal);
+  return align(voxels * (wide ? 8 : 4)) + align(voxels) +
+         align(static_cast<int64_t>(NOISYSEG_ISA::squared_distance_workspace(box.shape, threads, wide)));
+}
+
+// squared[i] = squared distance of the i-th surface voxel of `side` to the other surface.
+template <class T>
+void directed_distances(const Item& item, const Layout& l, int side, const Rings<T>& rings,
+                        const double spacing[3], double common, double* squared, void* scratch, int threads) {
+  const Box& box = *item.box;
+  const Sites sites = {item.surface[1 - side] + box.low[0] * l.plane + box.low[1] * l.row,
+                       l.plane,
+                       l.row,
+                       box.low[2] / 64,
+                       (box.low[2] + box.shape[2] + 63) / 64,
+                       {box.shape[0], box.shape[1]}};
+  const double scale = common > 0 ? common * common : 1;
+  const int64_t open = for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
+    const T d = nearest(sites, rings, z, y, x);
+    const bool found = d <= rings.beyond && d < far<T>;
+    squared[i] = found ? static_cast<double>(d) * scale : -1.0;
+    return !found;
+  });
+  if (open == 0) return;
+  if (open <= 2 * box.shape[2]) {  // about the point where the map is as fast
+    for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
+      if (squared[i] < 0)
+        squared[i] = static_cast<double>(nearest_of_all(sites, rings, z, y, x, far<T>)) * scale;
+      return 0;
+    });
+    return;
+  }
+  const double steps[3] = {1, 1, 1};
+  if (exact_in_float(box, common > 0))
+    distances_from_map<float>(item, l, side, steps, scale, squared, scratch, threads);
+  else
+    distances_from_map<double>(item, l, side, common > 0 ? steps : spacing, scale, squared, scratch, threads);
+}
+
+// ---- sums and order statistics ---------------------------------------------------------------------
+
+// Eight running sums, so that the order is fixed and the loop runs in vectors.
+void summarize(const double* squared, int64_t n, double tolerance, formulas::Directed& out) {
+  double sum[8] = {}, most[8] = {};
+  int64_t within[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int j = 0; j < 8; ++j) {
+      const double d = squared[i + j];
+      sum[j] += std::sqrt(d);
+      most[j] = d > most[j] ? d : most[j];
+      within[j] += formulas::within_tolerance(d, tolerance);
+    }
+  for (int j = 0; i < n; ++i, ++j) {
+    sum[j] += std::sqrt(squared[i]);
+    most[j] = squared[i] > most[j] ? squared[i] : most[j];
+    within[j] += formulas::within_tolerance(squared[i], tolerance);
+  }
+  out.count = n;
+  out.sum = out.maximum = 0;
+  out.within = 0;
+  for (int j = 0; j < 8; ++j) {
+    out.sum += sum[j];
+    out.maximum = most[j] > out.maximum ? most[j] : out.maximum;
+    out.within += within[j];
+  }
+}
+
+// The percentile of sqrt(values) by radix selection: 11 bits at a time, the candidates moved to the
+// front. Destroys the order of values. No value is negative, so bit patterns sort as the numbers do.
+double select(double* values, int64_t n, double percentile) {
+  const formulas::Rank rank = formulas::percentile_rank(percentile, n);
+  int64_t k = rank.index, left = n;
+  double next = HUGE_VAL;  // smallest value above the candidates
+  for (int shift = 53; left > 1; shift = shift > 11 ? shift - 11 : 0) {
+    const auto key = [&](double v) {
+      uint64_t bits;
+      std::memcpy(&bits, &v, 8);
+      return static_cast<int>(bits >> shift & 2047);
+    };
+    int64_t histogram[2048] = {};
+    for (int64_t i = 0; i < left; ++i) ++histogram[key(values[i])];
+    int bin = 0;
+    for (; k >= histogram[bin]; ++bin) k -= histogram[bin];
+    if (histogram[bin] < left) {
+      const bool last = k + 1 == histogram[bin];
+      int64_t kept = 0;
+      for (int64_t i = 0; i < left; ++i) {
+        const double v = values[i];
+        const int at = key(v);
+        if (last && at > bin && v < next) next = v;
+        if (at == bin) values[kept++] = v;
+      }
+      left = kept;
+    }
+    if (shift == 0) break;
+  }
+  const double low = values[0];
+  const double high = k + 1 < left ? low : (rank.index + 1 < n ? next : low);
+  return formulas::percentile_value(low, high, rank.weight);
+}
+
+// ---- one item, and the batch -------------------------------------------------------------------------
+
+// Parts of a worker's share of the second buffer.
+struct Scratch {
+  int64_t offsets, distances, map;  // bytes
+  int64_t total() const { return offsets + distances + map; }
+};
+
+// The spacing of all axes along which distances arise, or 0 where they differ.
+double common_spacing(const MaskPairs& m) {
+  double common = 0;
+  for (int i = 0; i < 3; ++i) {
+    if (m.shape[i] == 1) continue;
+    if (common != 0 && m.spacing[i] != common) return 0;
+    common = m.spacing[i];
+  }
+  return common == 0 ? 1 : common;
+}
+
+int workers_of(int64_t items, int threads) { return items < 2 * threads ? 1 : threads; }
+
+Scratch scratch_of(const MaskPairs& m, const Layout& l, void* surfaces, int threads) {
+  Scratch most = {};
+  const int inner = workers_of(m.items, threads) == 1 ? threads : 1;
+  for (int64_t i = 0; i < m.items; ++i) {
+    const Box& box = *item_at(surfaces, l, m.shape, i).box;
+    if (!box.count[0] || !box.count[1]) continue;
+    int64_t to[2];
+    reach(box, m.spacing, to);
+    most.offsets = larger(most.offsets, align(offset_count(to) * sizeof(Offset<double>)));
+    most.distances = larger(most.distances, align((box.count[0] + box.count[1]) * 8));
+    if (to[0] + 1 < box.shape[0] || to[1] + 1 < box.shape[1])
+      most.map = larger(most.map, map_bytes(box, common_spacing(m) > 0, inner));
+  }
+  return most;
+}
+
+template <class T>
+void measure(const MaskPairs& m, const Layout& l, const SurfaceOptions& options, const Item& item, char* scratch,
+             const Scratch& parts, double* out, int threads) {
+  const Box& box = *item.box;
+  formulas::Directed directed[2] = {};
+  for (int side = 0; side < 2; ++side) directed[side].count = box.count[side];
+  if (box.count[0] && box.count[1]) {
+    const double common = common_spacing(m);
+    Rings<T> rings;
+    rings.offsets = reinterpret_cast<Offset<T>*>(scratch);
+    make_rings(rings, box, m.spacing, common > 0);
+    double* const all = reinterpret_cast<double*>(scratch + parts.offsets);
+    double* const list[2] = {all, all + box.count[0]};
+    for (int side = 0; side < 2; ++side) {
+      directed_distances(item, l, side, rings, m.spacing, common, list[side],
+                         scratch + parts.offsets + parts.distances, threads);
+      summarize(list[side], box.count[side], options.tolerance, directed[side]);
+    }
+    if (options.definition == SurfaceDefinition::monai)
+      for (int side = 0; side < 2; ++side)
+        directed[side].quantile = select(list[side], box.count[side], options.percentile);
+    else
+      directed[0].quantile = directed[1].quantile =
+          select(all, box.count[0] + box.count[1], options.percentile);
+  }
+  formulas::surface_result(directed[0], directed[1], out, m.items);
+}
+
+}  // namespace
+
+namespace NOISYSEG_ISA {
+
+size_t surface_extract_workspace(const Array& pred, int spatial_dims, const Exec&) {
+  const MaskPairs m = in_memory_order(formulas::mask_pairs(pred, pred, spatial_dims, nullptr));
+  return static_cast<size_t>(m.items * layout_of(m.shape).item_bytes);
+}
+
+size_t surface_extract(const Array& pred, const Array& target, int spatial_dims, const SurfaceOptions& options,
+                       void* surfaces, const Exec& exec) {
+  const MaskPairs m = in_memory_order(formulas::mask_pairs(pred, target, spatial_dims, options.spacing));
+  const Layout l = layout_of(m.shape);
+  const int threads = thread_count(exec);
+  for_each_item(m.items, threads, [&](int64_t i, int inner, int) {
+    const Item item = item_at(surfaces, l, m.shape, i);
+    pack(m, l, i, item, inner);
+    *item.box = find_box(m.shape, l, item);
+    extract(m, l, item, inner);
+  });
+  return static_cast<size_t>(workers_of(m.items, threads) * scratch_of(m, l, surfaces, threads).total());
+}
+
+void surface_metrics(const Array& pred, int spatial_dims, const SurfaceOptions& options, void* surfaces,
+                     void* workspace, const Array& out, const Exec& exec) {
+  const MaskPairs m = in_memory_order(formulas::mask_pairs(pred, pred, spatial_dims, options.spacing));
+  const Layout l = layout_of(m.shape);
+  const int threads = thread_count(exec);
+  const Scratch parts = scratch_of(m, l, surfaces, threads);
+  const bool equal = common_spacing(m) > 0;
+  for_each_item(m.items, threads, [&](int64_t i, int inner, int worker) {
+    const Item item = item_at(surfaces, l, m.shape, i);
+    char* scratch = static_cast<char*>(workspace) + worker * parts.total();
+    double* result = static_cast<double*>(out.data) + i;
+    if (equal)
+      measure<int64_t>(m, l, options, item, scratch, parts, result, inner);
+    else
+      measure<double>(m, l, options, item, scratch, parts, result, inner);
+  });
+}
+
+size_t overlap_metrics_workspace(const Array& pred, int spatial_dims, const Exec&) {
+  return static_cast<size_t>(formulas::mask_pairs(pred, pred, spatial_dims, nullptr).items * 3 * 8);
+}
+
+// Counts |pred|, |target| and |pred and target| from 64-bit words of both masks, each read once.
+void overlap_metrics(const Array& pred, const Array& target, int spatial_dims, void* workspace, const Array& out,
+                     const Exec& exec) {
+  const MaskPairs m = in_memory_order(formulas::mask_pairs(pred, target, spatial_dims, nullptr));
+  int64_t* counts = static_cast<int64_t*>(workspace);
+  for (int64_t i = 0; i < 3 * m.items; ++i) counts[i] = 0;
+  const int64_t* n = m.shape;
+#pragma omp parallel for schedule(static) num_threads(thread_count(exec))
+  for (int64_t plane = 0; plane < m.items * n[0]; ++plane) {
+    const int64_t item = plane / n[0], z = plane % n[0];
+    int64_t sum[3] = {};
+    for (int64_t y = 0; y < n[1]; ++y)
+      for (int64_t w = 0; w < (n[2] + 63) / 64; ++w) {
+        uint64_t word[2];
+        for (int side = 0; side < 2; ++side)
+          word[side] = pack_word(m.data[side], m.bytes[side],
+                                 item_offset(m, side, item) + z * m.strides[side][0] + y * m.strides[side][1],
+                                 m.strides[side][2], w, n[2]);
+        sum[0] += __builtin_popcountll(word[0]);
+        sum[1] += __builtin_popcountll(word[1]);
+        sum[2] += __builtin_popcountll(word[0] & word[1]);
+      }
+    for (int k = 0; k < 3; ++k) {
+#pragma omp atomic
+      counts[3 * item + k] += sum[k];
+    }
+  }
+  for (int64_t i = 0; i < m.items; ++i)
+    formulas::overlap_result(counts[3 * i], counts[3 * i + 1], counts[3 * i + 2], n[0] * n[1] * n[2],
+                             static_cast<double*>(out.data) + i, m.items);
+}
+
+}  // namespace NOISYSEG_ISA
+}  // namespace noisyseg
+
+NOISYSEG_DISPATCH(size_t, surface_extract_workspace, (const Array& pred, int spatial_dims, const Exec& exec),
+                  (pred, spatial_dims, exec))
+NOISYSEG_DISPATCH(size_t, surface_extract,
+                  (const Array& pred, const Array& target, int spatial_dims, const SurfaceOptions& options,
+                   void* surfaces, const Exec& exec),
+                  (pred, target, spatial_dims, options, surfaces, exec))
+NOISYSEG_DISPATCH(void, surface_metrics,
+                  (const Array& pred, int spatial_dims, const SurfaceOptions& options, void* surfaces,
+                   void* workspace, const Array& out, const Exec& exec),
+                  (pred, spatial_dims, options, surfaces, workspace, out, exec))
+NOISYSEG_DISPATCH(size_t, overlap_metrics_workspace, (const Array& pred, int spatial_dims, const Exec& exec),
+                  (pred, spatial_dims, exec))
+NOISYSEG_DISPATCH(void, overlap_metrics,
+                  (const Array& pred, const Array& target, int spatial_dims, void* workspace, const Array& out,
+                   const Exec& exec),
+                  (pred, target, spatial_dims, workspace, out, exec))
