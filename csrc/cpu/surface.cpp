@@ -4,8 +4,10 @@
 // surface is then a few word operations, and the nearest surface voxel on a row one count of zeros.
 // Each surface voxel looks for the other surface on the rows around it, nearest rows first, until no
 // row can be nearer than what it has found: work follows the distances, and no distance map is made.
-// Voxels that find nothing within about 16 voxels take their distance from an exact map of the box
-// around both masks (cpu/edt.h), which is touched only then.
+// Where a sample of the voxels says that this would take longer than an exact distance map of the box
+// around both masks (surfaces far apart), the map is made instead (cpu/edt.h).
+#include "formulas/surface.h"
+
 #include <omp.h>
 
 #include <cmath>
@@ -13,7 +15,6 @@
 
 #include "cpu/edt.h"
 #include "cpu/isa.h"
-#include "formulas/surface.h"
 #include "noisyseg/surface.h"
 #if defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
@@ -33,10 +34,12 @@ int highest_bit(uint64_t word) { return 63 - __builtin_clzll(word); }
 
 int thread_count(const Exec& exec) { return exec.threads > 0 ? exec.threads : omp_get_max_threads(); }
 
+int workers_of(int64_t items, int threads) { return items < 2 * threads ? 1 : threads; }
+
 // f(item, threads for its own use): items in parallel when there are enough of them, else one by one.
 template <class F>
 void for_each_item(int64_t items, int threads, const F& f) {
-  if (items < 2 * threads || threads == 1) {
+  if (workers_of(items, threads) == 1) {
     for (int64_t item = 0; item < items; ++item) f(item, threads, 0);
     return;
   }
@@ -112,11 +115,35 @@ uint64_t pack_word(const void* data, int bytes, int64_t first, int64_t stride, i
 
 // ---- surfaces --------------------------------------------------------------------------------------
 
+// The smallest box around both masks, and what is known of each surface.
+struct Box {
+  int64_t low[3], shape[3];
+  int64_t count[2];  // surface voxels
+  bool map[2];       // whether their distances are to come from a map
+};
+
+// Squared lengths as integers for equal spacings (times the squared spacing in the end), else as doubles.
+template <class T>
+struct Offset {
+  T squared;
+  int32_t dz, dy;
+};
+
+// Row offsets that a search visits, nearest first, and what the next one would cost.
+template <class T>
+struct Rings {
+  Offset<T>* offsets;
+  int64_t count;
+  T beyond;     // no row outside the list is nearer; far when the list holds every row
+  T unit[3];    // squared spacing
+  T along[65];  // squared distance along a row
+};
+
 // What one item occupies in the first buffer. A row is `words` words of bits and one of zeros, which
 // also stands before the first row: word -1 and word `words` of a row are always there and zero.
 struct Layout {
-  int64_t words, row, plane, volume;                 // in words; row = words + 1
-  int64_t columns, rows, count, bits, item_bytes;    // offsets in bytes
+  int64_t words, row, plane, volume;                               // in words; row = words + 1
+  int64_t rings, offsets, columns, rows, count, bits, item_bytes;  // offsets in bytes
 };
 
 Layout layout_of(const int64_t shape[3]) {
@@ -125,22 +152,21 @@ Layout layout_of(const int64_t shape[3]) {
   l.row = l.words + 1;
   l.plane = shape[1] * l.row;
   l.volume = shape[0] * l.plane + 1;
-  l.columns = align(16 * 8);                                // after the Box
-  l.rows = l.columns + align(shape[0] * l.words * 8);       // per plane: OR of all its rows
-  l.count = l.rows + align(shape[0] * 2 * 8);               // per plane: first and last row with an object
-  l.bits = l.count + align(2 * (shape[0] + 1) * 8);         // per side and plane: surface voxels before it
+  l.rings = align(sizeof(Box));
+  l.offsets = l.rings + align(sizeof(Rings<double>));
+  l.columns = l.offsets +
+              align(smaller(max_offsets, (2 * shape[0] - 1) * (2 * shape[1] - 1)) * sizeof(Offset<double>));
+  l.rows = l.columns + align(shape[0] * l.words * 8);  // per plane: OR of all its rows
+  l.count = l.rows + align(shape[0] * 2 * 8);          // per plane: first and last row with an object
+  l.bits = l.count + align(2 * (shape[0] + 1) * 8);    // per side and plane: surface voxels before it
   l.item_bytes = l.bits + align(4 * l.volume * 8);
   return l;
 }
 
-// The smallest box around both masks, and how many surface voxels each has.
-struct Box {
-  int64_t low[3], shape[3];
-  int64_t count[2];
-};
-
 struct Item {
   Box* box;
+  void* rings;    // Rings<T>
+  void* offsets;  // Offset<T>
   uint64_t* columns;
   int64_t* rows;
   int64_t* count[2];
@@ -152,6 +178,8 @@ Item item_at(void* buffer, const Layout& l, const int64_t shape[3], int64_t item
   char* base = static_cast<char*>(buffer) + item * l.item_bytes;
   Item r;
   r.box = reinterpret_cast<Box*>(base);
+  r.rings = base + l.rings;
+  r.offsets = base + l.offsets;
   r.columns = reinterpret_cast<uint64_t*>(base + l.columns);
   r.rows = reinterpret_cast<int64_t*>(base + l.rows);
   uint64_t* bits = reinterpret_cast<uint64_t*>(base + l.bits);
@@ -167,7 +195,7 @@ Item item_at(void* buffer, const Layout& l, const int64_t shape[3], int64_t item
 void pack(const MaskPairs& m, const Layout& l, int64_t index, const Item& item, int threads) {
   const int64_t *n = m.shape, base[2] = {item_offset(m, 0, index), item_offset(m, 1, index)};
   for (int side = 0; side < 2; ++side) item.mask[side][-1] = 0;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t z = 0; z < n[0]; ++z) {
     uint64_t* columns = item.columns + z * l.words;
     int64_t first = n[1], last = -1;
@@ -221,7 +249,7 @@ void extract(const MaskPairs& m, const Layout& l, const Item& item, int threads)
   Box& box = *item.box;
   const int64_t z0 = box.low[0], z1 = z0 + box.shape[0], y0 = box.low[1], y1 = y0 + box.shape[1];
   const int64_t w0 = box.low[2] / 64, w1 = (box.low[2] + box.shape[2] + 63) / 64;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t z = z0; z < z1; ++z)
     for (int side = 0; side < 2; ++side) {
       int64_t count = 0;
@@ -234,8 +262,7 @@ void extract(const MaskPairs& m, const Layout& l, const Item& item, int threads)
           out[w] = 0;
           if (!word) continue;
           uint64_t inner = (word << 1 | in[w - 1] >> 63) & (word >> 1 | in[w + 1] << 63);
-          if (m.spatial[1])
-            inner &= (y > 0 ? in[w - l.row] : 0) & (y + 1 < m.shape[1] ? in[w + l.row] : 0);
+          if (m.spatial[1]) inner &= (y > 0 ? in[w - l.row] : 0) & (y + 1 < m.shape[1] ? in[w + l.row] : 0);
           if (m.spatial[0])
             inner &= (z > 0 ? in[w - l.plane] : 0) & (z + 1 < m.shape[0] ? in[w + l.plane] : 0);
           out[w] = word & ~inner;
@@ -253,54 +280,35 @@ void extract(const MaskPairs& m, const Layout& l, const Item& item, int threads)
 
 // ---- nearest surface voxel -------------------------------------------------------------------------
 
-// Squared lengths as integers for equal spacings (times the squared spacing in the end), else as doubles.
-template <class T>
-struct Offset {
-  T squared;
-  int32_t dz, dy;
-};
-
-// Row offsets that a search visits, nearest first, and what the next one would cost.
-template <class T>
-struct Rings {
-  Offset<T>* offsets;
-  int64_t count;
-  T beyond;    // no row outside the list is nearer; far when the list holds every row
-  T unit[3];   // squared spacing
-  T along[65]; // squared distance along a row
-};
-
 template <class T>
 constexpr T far = T(1) << 62;
 template <>
 constexpr double far<double> = HUGE_VAL;
 
 template <class T>
-T square_of(int64_t steps, T unit) { return T(steps * steps) * unit; }
-
-// How far the list reaches along z and y: all rows of a flat image, about max_offsets / 1.3 of a volume.
-void reach(const Box& box, const double spacing[3], int64_t out[2]) {
-  out[0] = larger(box.shape[0] - 1, 0);
-  out[1] = larger(box.shape[1] - 1, 0);
-  if ((2 * out[0] + 1) * (2 * out[1] + 1) <= max_offsets) return;
-  if (out[0] == 0 || out[1] == 0) return;
-  const double radius = std::sqrt(800 / 3.2 * spacing[0] * spacing[1]);
-  out[0] = smaller(out[0], larger(1, static_cast<int64_t>(radius / spacing[0])));
-  out[1] = smaller(out[1], larger(1, static_cast<int64_t>(radius / spacing[1])));
+T square_of(int64_t steps, T unit) {
+  return T(steps * steps) * unit;
 }
-int64_t offset_count(const int64_t reach[2]) { return (2 * reach[0] + 1) * (2 * reach[1] + 1); }
 
+// Rows within the largest radius that gives at most max_offsets of them.
 template <class T>
-void make_rings(Rings<T>& r, const Box& box, const double spacing[3], bool equal) {
-  int64_t to[2];
-  reach(box, spacing, to);
-  for (int i = 0; i < 3; ++i) r.unit[i] = equal ? T(1) : T(spacing[i] * spacing[i]);
+void make_rings(const Item& item, const double spacing[3], double common) {
+  const Box& box = *item.box;
+  Rings<T>& r = *static_cast<Rings<T>*>(item.rings);
+  r.offsets = static_cast<Offset<T>*>(item.offsets);
+  for (int i = 0; i < 3; ++i) r.unit[i] = common > 0 ? T(1) : T(spacing[i] * spacing[i]);
   for (int i = 0; i < 65; ++i) r.along[i] = square_of<T>(i, r.unit[2]);
+  int64_t to[2];
+  double radius = 0;
+  for (int i = 0; i < 2; ++i) radius = std::fmax(radius, spacing[i] * static_cast<double>(box.shape[i]));
+  do {
+    for (int i = 0; i < 2; ++i) to[i] = smaller(box.shape[i] - 1, static_cast<int64_t>(radius / spacing[i]));
+    radius *= 0.95;
+  } while ((2 * to[0] + 1) * (2 * to[1] + 1) > max_offsets);
   r.beyond = far<T>;
-  if (to[0] < box.shape[0] - 1) r.beyond = square_of<T>(to[0] + 1, r.unit[0]);
-  if (to[1] < box.shape[1] - 1) {
-    const T y = square_of<T>(to[1] + 1, r.unit[1]);
-    r.beyond = y < r.beyond ? y : r.beyond;
+  for (int i = 0; i < 2; ++i) {
+    const T outside = square_of<T>(to[i] + 1, r.unit[i]);
+    if (to[i] + 1 < box.shape[i] && outside < r.beyond) r.beyond = outside;
   }
   r.count = 0;
   for (int64_t dz = -to[0]; dz <= to[0]; ++dz)
@@ -318,7 +326,8 @@ void make_rings(Rings<T>& r, const Box& box, const double spacing[3], bool equal
     }
 }
 
-// Steps from voxel x of a row to the nearest set bit, if it is under `limit`; words first..end - 1 hold the bits.
+// Steps from voxel x of a row to the nearest set bit, if it is under `limit`; words first..end - 1 hold the
+// bits.
 int64_t steps_along(const uint64_t* row, int64_t x, int64_t first, int64_t end, int64_t limit) {
   for (int64_t k = x / 64 + 1; k < end && 64 * k - x < limit; ++k)
     if (row[k]) limit = smaller(limit, 64 * k + lowest_bit(row[k]) - x);
@@ -334,8 +343,8 @@ struct Sites {
 
 // Squared distance from voxel (z, y, x) to the nearest set bit on the row (z + dz, y + dy), if under best.
 template <class T>
-inline __attribute__((always_inline)) T on_row(const Sites& s, const Rings<T>& r, int64_t z, int64_t y, int64_t x,
-                                               T squared, T best) {
+inline __attribute__((always_inline)) T on_row(const Sites& s, const Rings<T>& r, int64_t z, int64_t y,
+                                               int64_t x, T squared, T best) {
   const uint64_t* row = s.bits + z * s.plane + y * s.row;
   const int64_t k = x >> 6;
   const int shift = static_cast<int>(x & 63);
@@ -352,10 +361,12 @@ inline __attribute__((always_inline)) T on_row(const Sites& s, const Rings<T>& r
   return steps < none && d < best ? d : best;
 }
 
+// Squared distance from voxel (z, y, x) to the nearest set bit on the rows of the list, and the number of
+// rows seen. Right if it is at most r.beyond.
 template <class T>
-T nearest(const Sites& s, const Rings<T>& r, int64_t z, int64_t y, int64_t x) {
+T nearest(const Sites& s, const Rings<T>& r, int64_t z, int64_t y, int64_t x, int64_t& i) {
   T best = far<T>;
-  for (int64_t i = 0; i < r.count; ++i) {
+  for (i = 0; i < r.count; ++i) {
     const Offset<T> o = r.offsets[i];
     if (o.squared >= best) break;
     const int64_t v = z + o.dz, u = y + o.dy;
@@ -366,7 +377,7 @@ T nearest(const Sites& s, const Rings<T>& r, int64_t z, int64_t y, int64_t x) {
   return best;
 }
 
-// The same over every row of the box, for the few voxels that the list left open.
+// Squared distance over every row of the box, for the few voxels that the list leaves open.
 template <class T>
 T nearest_of_all(const Sites& s, const Rings<T>& r, int64_t z, int64_t y, int64_t x, T best) {
   const auto outward = [](int64_t i, int64_t at) { return at + (i & 1 ? i / 2 + 1 : -(i / 2)); };
@@ -406,7 +417,7 @@ int64_t for_each_voxel(const Item& item, const Layout& l, int side, int threads,
   return total;
 }
 
-// An exact map of squared distances of the whole box to the other surface, for those still open.
+// An exact map of squared distances of the whole box to the other surface.
 template <class Real>
 void distances_from_map(const Item& item, const Layout& l, int side, const double spacing[3], double scale,
                         double* squared, void* scratch, int threads) {
@@ -417,12 +428,11 @@ void distances_from_map(const Item& item, const Layout& l, int side, const doubl
   uint8_t* sites = reinterpret_cast<uint8_t*>(base + align(voxels * sizeof(Real)));
   std::memset(sites, 0, voxels);
   const auto voxel = [&](int64_t z, int64_t y, int64_t x) { return (z * n[1] + y) * n[2] + x - box.low[2]; };
-  for_each_voxel(item, l, 1 - side, threads, [&](int64_t, int64_t z, int64_t y, int64_t x) {
-    return sites[voxel(z, y, x)] = 1;
-  });
+  for_each_voxel(item, l, 1 - side, threads,
+                 [&](int64_t, int64_t z, int64_t y, int64_t x) { return sites[voxel(z, y, x)] = 1; });
   NOISYSEG_ISA::squared_distance(sites, map, sites + align(voxels), n, spacing, threads);
   for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
-    if (squared[i] < 0) squared[i] = static_cast<double>(map[voxel(z, y, x)]) * scale;
+    squared[i] = static_cast<double>(map[voxel(z, y, x)]) * scale;
     return 0;
   });
 }
@@ -440,29 +450,48 @@ int64_t map_bytes(const Box& box, bool equal, int threads) {
          align(static_cast<int64_t>(NOISYSEG_ISA::squared_distance_workspace(box.shape, threads, wide)));
 }
 
+Sites sites_of(const Item& item, const Layout& l, int side) {
+  const Box& box = *item.box;
+  return {item.surface[side] + box.low[0] * l.plane + box.low[1] * l.row,
+          l.plane,
+          l.row,
+          box.low[2] / 64,
+          (box.low[2] + box.shape[2] + 63) / 64,
+          {box.shape[0], box.shape[1]}};
+}
+
+// Whether a map of the box is cheaper than searches, from every 64th voxel: a map costs about as much
+// as seeing two rows per voxel of the box, and nearest_of_all sees all rows.
+template <class T>
+bool map_is_cheaper(const Item& item, const Layout& l, int side, int threads) {
+  const Box& box = *item.box;
+  const Rings<T>& rings = *static_cast<const Rings<T>*>(item.rings);
+  const int64_t rows = box.shape[0] * box.shape[1];
+  if (box.count[side] * rings.count <= 2 * rows * box.shape[2] && rings.beyond == far<T>) return false;
+  const Sites sites = sites_of(item, l, 1 - side);
+  const int64_t seen =
+      for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
+        if (i % 64) return int64_t{0};
+        int64_t n;
+        return nearest(sites, rings, z, y, x, n) <= rings.beyond ? n : n + rows;
+      });
+  return 64 * seen > 2 * rows * box.shape[2];
+}
+
 // squared[i] = squared distance of the i-th surface voxel of `side` to the other surface.
 template <class T>
-void directed_distances(const Item& item, const Layout& l, int side, const Rings<T>& rings,
-                        const double spacing[3], double common, double* squared, void* scratch, int threads) {
+void directed_distances(const Item& item, const Layout& l, int side, const double spacing[3], double common,
+                        double* squared, void* scratch, int threads) {
   const Box& box = *item.box;
-  const Sites sites = {item.surface[1 - side] + box.low[0] * l.plane + box.low[1] * l.row,
-                       l.plane,
-                       l.row,
-                       box.low[2] / 64,
-                       (box.low[2] + box.shape[2] + 63) / 64,
-                       {box.shape[0], box.shape[1]}};
   const double scale = common > 0 ? common * common : 1;
-  const int64_t open = for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
-    const T d = nearest(sites, rings, z, y, x);
-    const bool found = d <= rings.beyond && d < far<T>;
-    squared[i] = found ? static_cast<double>(d) * scale : -1.0;
-    return !found;
-  });
-  if (open == 0) return;
-  if (open <= 2 * box.shape[2]) {  // about the point where the map is as fast
+  if (!box.map[side]) {
+    const Rings<T>& rings = *static_cast<const Rings<T>*>(item.rings);
+    const Sites sites = sites_of(item, l, 1 - side);
     for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
-      if (squared[i] < 0)
-        squared[i] = static_cast<double>(nearest_of_all(sites, rings, z, y, x, far<T>)) * scale;
+      int64_t seen;
+      T d = nearest(sites, rings, z, y, x, seen);
+      if (d > rings.beyond) d = nearest_of_all(sites, rings, z, y, x, d);
+      squared[i] = static_cast<double>(d) * scale;
       return 0;
     });
     return;
@@ -539,12 +568,6 @@ double select(double* values, int64_t n, double percentile) {
 
 // ---- one item, and the batch -------------------------------------------------------------------------
 
-// Parts of a worker's share of the second buffer.
-struct Scratch {
-  int64_t offsets, distances, map;  // bytes
-  int64_t total() const { return offsets + distances + map; }
-};
-
 // The spacing of all axes along which distances arise, or 0 where they differ.
 double common_spacing(const MaskPairs& m) {
   double common = 0;
@@ -556,7 +579,10 @@ double common_spacing(const MaskPairs& m) {
   return common == 0 ? 1 : common;
 }
 
-int workers_of(int64_t items, int threads) { return items < 2 * threads ? 1 : threads; }
+// Bytes of a worker's share of the second buffer: squared distances of both surfaces, then a map.
+struct Scratch {
+  int64_t distances, map;
+};
 
 Scratch scratch_of(const MaskPairs& m, const Layout& l, void* surfaces, int threads) {
   Scratch most = {};
@@ -564,32 +590,38 @@ Scratch scratch_of(const MaskPairs& m, const Layout& l, void* surfaces, int thre
   for (int64_t i = 0; i < m.items; ++i) {
     const Box& box = *item_at(surfaces, l, m.shape, i).box;
     if (!box.count[0] || !box.count[1]) continue;
-    int64_t to[2];
-    reach(box, m.spacing, to);
-    most.offsets = larger(most.offsets, align(offset_count(to) * sizeof(Offset<double>)));
     most.distances = larger(most.distances, align((box.count[0] + box.count[1]) * 8));
-    if (to[0] + 1 < box.shape[0] || to[1] + 1 < box.shape[1])
-      most.map = larger(most.map, map_bytes(box, common_spacing(m) > 0, inner));
+    if (box.map[0] || box.map[1]) most.map = larger(most.map, map_bytes(box, common_spacing(m) > 0, inner));
   }
   return most;
 }
 
+// First step of an item: everything that the size of the second buffer depends on.
 template <class T>
-void measure(const MaskPairs& m, const Layout& l, const SurfaceOptions& options, const Item& item, char* scratch,
-             const Scratch& parts, double* out, int threads) {
+void prepare(const MaskPairs& m, const Layout& l, int64_t index, void* surfaces, int threads) {
+  const Item item = item_at(surfaces, l, m.shape, index);
+  Box& box = *item.box;
+  pack(m, l, index, item, threads);
+  box = find_box(m.shape, l, item);
+  extract(m, l, item, threads);
+  if (!box.count[0] || !box.count[1]) return;
+  make_rings<T>(item, m.spacing, common_spacing(m));
+  for (int side = 0; side < 2; ++side) box.map[side] = map_is_cheaper<T>(item, l, side, threads);
+}
+
+// Second step.
+template <class T>
+void measure(const MaskPairs& m, const Layout& l, const SurfaceOptions& options, const Item& item,
+             char* scratch, const Scratch& parts, double* out, int threads) {
   const Box& box = *item.box;
   formulas::Directed directed[2] = {};
   for (int side = 0; side < 2; ++side) directed[side].count = box.count[side];
   if (box.count[0] && box.count[1]) {
-    const double common = common_spacing(m);
-    Rings<T> rings;
-    rings.offsets = reinterpret_cast<Offset<T>*>(scratch);
-    make_rings(rings, box, m.spacing, common > 0);
-    double* const all = reinterpret_cast<double*>(scratch + parts.offsets);
+    double* const all = reinterpret_cast<double*>(scratch);
     double* const list[2] = {all, all + box.count[0]};
     for (int side = 0; side < 2; ++side) {
-      directed_distances(item, l, side, rings, m.spacing, common, list[side],
-                         scratch + parts.offsets + parts.distances, threads);
+      directed_distances<T>(item, l, side, m.spacing, common_spacing(m), list[side],
+                            scratch + parts.distances, threads);
       summarize(list[side], box.count[side], options.tolerance, directed[side]);
     }
     if (options.definition == SurfaceDefinition::monai)
@@ -611,18 +643,17 @@ size_t surface_extract_workspace(const Array& pred, int spatial_dims, const Exec
   return static_cast<size_t>(m.items * layout_of(m.shape).item_bytes);
 }
 
-size_t surface_extract(const Array& pred, const Array& target, int spatial_dims, const SurfaceOptions& options,
-                       void* surfaces, const Exec& exec) {
+size_t surface_extract(const Array& pred, const Array& target, int spatial_dims,
+                       const SurfaceOptions& options, void* surfaces, const Exec& exec) {
   const MaskPairs m = in_memory_order(formulas::mask_pairs(pred, target, spatial_dims, options.spacing));
   const Layout l = layout_of(m.shape);
   const int threads = thread_count(exec);
+  const bool equal = common_spacing(m) > 0;
   for_each_item(m.items, threads, [&](int64_t i, int inner, int) {
-    const Item item = item_at(surfaces, l, m.shape, i);
-    pack(m, l, i, item, inner);
-    *item.box = find_box(m.shape, l, item);
-    extract(m, l, item, inner);
+    (equal ? prepare<int64_t> : prepare<double>)(m, l, i, surfaces, inner);
   });
-  return static_cast<size_t>(workers_of(m.items, threads) * scratch_of(m, l, surfaces, threads).total());
+  const Scratch share = scratch_of(m, l, surfaces, threads);
+  return static_cast<size_t>(workers_of(m.items, threads) * (share.distances + share.map));
 }
 
 void surface_metrics(const Array& pred, int spatial_dims, const SurfaceOptions& options, void* surfaces,
@@ -634,12 +665,9 @@ void surface_metrics(const Array& pred, int spatial_dims, const SurfaceOptions& 
   const bool equal = common_spacing(m) > 0;
   for_each_item(m.items, threads, [&](int64_t i, int inner, int worker) {
     const Item item = item_at(surfaces, l, m.shape, i);
-    char* scratch = static_cast<char*>(workspace) + worker * parts.total();
+    char* scratch = static_cast<char*>(workspace) + worker * (parts.distances + parts.map);
     double* result = static_cast<double*>(out.data) + i;
-    if (equal)
-      measure<int64_t>(m, l, options, item, scratch, parts, result, inner);
-    else
-      measure<double>(m, l, options, item, scratch, parts, result, inner);
+    (equal ? measure<int64_t> : measure<double>)(m, l, options, item, scratch, parts, result, inner);
   });
 }
 
@@ -648,8 +676,8 @@ size_t overlap_metrics_workspace(const Array& pred, int spatial_dims, const Exec
 }
 
 // Counts |pred|, |target| and |pred and target| from 64-bit words of both masks, each read once.
-void overlap_metrics(const Array& pred, const Array& target, int spatial_dims, void* workspace, const Array& out,
-                     const Exec& exec) {
+void overlap_metrics(const Array& pred, const Array& target, int spatial_dims, void* workspace,
+                     const Array& out, const Exec& exec) {
   const MaskPairs m = in_memory_order(formulas::mask_pairs(pred, target, spatial_dims, nullptr));
   int64_t* counts = static_cast<int64_t*>(workspace);
   for (int64_t i = 0; i < 3 * m.items; ++i) counts[i] = 0;
@@ -695,6 +723,6 @@ NOISYSEG_DISPATCH(void, surface_metrics,
 NOISYSEG_DISPATCH(size_t, overlap_metrics_workspace, (const Array& pred, int spatial_dims, const Exec& exec),
                   (pred, spatial_dims, exec))
 NOISYSEG_DISPATCH(void, overlap_metrics,
-                  (const Array& pred, const Array& target, int spatial_dims, void* workspace, const Array& out,
-                   const Exec& exec),
+                  (const Array& pred, const Array& target, int spatial_dims, void* workspace,
+                   const Array& out, const Exec& exec),
                   (pred, target, spatial_dims, workspace, out, exec))

@@ -18,7 +18,8 @@ struct MaskPairs {
   double spacing[3];
 };
 
-static inline MaskPairs mask_pairs(const Array& pred, const Array& target, int spatial_dims, const double* spacing) {
+static inline MaskPairs mask_pairs(const Array& pred, const Array& target, int spatial_dims,
+                                   const double* spacing) {
   MaskPairs m = {};
   const Array* arrays[2] = {&pred, &target};
   if (spatial_dims < 1 || spatial_dims > 3 || spatial_dims > pred.rank)
@@ -106,7 +107,8 @@ struct Directed {
 //   medpy (0.5.2): hd_percentile = the percentile of the pooled distances.
 // asd = mean over pred's surface; assd = mean over both; nsd = share of both within the tolerance.
 // One surface empty: infinitely far, nsd 0. Both empty: in agreement, 0 and nsd 1.
-NOISYSEG_FORMULA void surface_result(const Directed& pred, const Directed& target, double* out, int64_t stride) {
+NOISYSEG_FORMULA void surface_result(const Directed& pred, const Directed& target, double* out,
+                                     int64_t stride) {
   const int64_t both = pred.count + target.count;
   if (pred.count == 0 || target.count == 0) {
     for (int i = 0; i < 4; ++i) out[i * stride] = both ? HUGE_VAL : 0.0;

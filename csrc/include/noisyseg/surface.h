@@ -23,19 +23,23 @@ struct SurfaceOptions {
 //   workspace = alloc(surface_extract(..., surfaces));
 //   surface_metrics(..., surfaces, workspace, out);   out: f64 (5, items): hd, hd_percentile, asd, assd, nsd
 // Both buffers aligned to 16 bytes. On CUDA no step waits for the device: the second size is the worst case.
-#define NOISYSEG_SURFACE_FUNCTIONS                                                                           \
-  size_t surface_extract_workspace(const Array& pred, int spatial_dims, const Exec& exec);                   \
-  size_t surface_extract(const Array& pred, const Array& target, int spatial_dims,                           \
-                         const SurfaceOptions& options, void* surfaces, const Exec& exec);                   \
-  void surface_metrics(const Array& pred, int spatial_dims, const SurfaceOptions& options, void* surfaces,   \
-                       void* workspace, const Array& out, const Exec& exec);                                 \
-  /* out: f64 (6, items): dice, jaccard, sensitivity, specificity, precision, volume_error */                \
-  size_t overlap_metrics_workspace(const Array& pred, int spatial_dims, const Exec& exec);                   \
-  void overlap_metrics(const Array& pred, const Array& target, int spatial_dims, void* workspace,            \
+#define NOISYSEG_SURFACE_FUNCTIONS                                                                         \
+  size_t surface_extract_workspace(const Array& pred, int spatial_dims, const Exec& exec);                 \
+  size_t surface_extract(const Array& pred, const Array& target, int spatial_dims,                         \
+                         const SurfaceOptions& options, void* surfaces, const Exec& exec);                 \
+  void surface_metrics(const Array& pred, int spatial_dims, const SurfaceOptions& options, void* surfaces, \
+                       void* workspace, const Array& out, const Exec& exec);                               \
+  /* out: f64 (6, items): dice, jaccard, sensitivity, specificity, precision, volume_error */              \
+  size_t overlap_metrics_workspace(const Array& pred, int spatial_dims, const Exec& exec);                 \
+  void overlap_metrics(const Array& pred, const Array& target, int spatial_dims, void* workspace,          \
                        const Array& out, const Exec& exec);
 
-namespace cpu { NOISYSEG_SURFACE_FUNCTIONS }
-namespace cuda { NOISYSEG_SURFACE_FUNCTIONS }
+namespace cpu {
+NOISYSEG_SURFACE_FUNCTIONS
+}
+namespace cuda {
+NOISYSEG_SURFACE_FUNCTIONS
+}
 #undef NOISYSEG_SURFACE_FUNCTIONS
 
 }  // namespace noisyseg
