@@ -96,6 +96,6 @@ def _per_mask(
 ) -> tuple[torch.Tensor, ...]:
     dims = spatial_dims or (pred.ndim if pred.ndim <= 3 else pred.ndim - 2)
     lead = pred.shape[: pred.ndim - dims]
-    pairs = zip(pred.reshape(-1, *pred.shape[len(lead) :]), target.reshape(-1, *pred.shape[len(lead) :]))
-    rows = torch.tensor([one(p, t) for p, t in pairs], dtype=torch.float64)
+    masks = pred.reshape(-1, *pred.shape[len(lead) :]), target.reshape(-1, *pred.shape[len(lead) :])
+    rows = torch.tensor([one(p, t) for p, t in zip(*masks, strict=True)], dtype=torch.float64)
     return tuple(column.reshape(lead) for column in rows.T)
