@@ -22,15 +22,19 @@
 
 namespace noisyseg {
 namespace {
+using formulas::highest_bit;
+using formulas::larger;
+using formulas::lowest_bit;
 using formulas::MaskPairs;
-
-constexpr int64_t max_offsets = 1024;
+using formulas::max_offsets;
+using formulas::nearest;
+using formulas::nearest_of_all;
+using formulas::Offset;
+using formulas::Rings;
+using formulas::Sites;
+using formulas::smaller;
 
 int64_t align(int64_t bytes) { return (bytes + 63) & ~int64_t{63}; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-int lowest_bit(uint64_t word) { return __builtin_ctzll(word); }
-int highest_bit(uint64_t word) { return 63 - __builtin_clzll(word); }
 
 int thread_count(const Exec& exec) { return exec.threads > 0 ? exec.threads : omp_get_max_threads(); }
 
@@ -120,23 +124,6 @@ struct Box {
   int64_t low[3], shape[3];
   int64_t count[2];  // surface voxels
   bool map[2];       // whether their distances are to come from a map
-};
-
-// Squared lengths as integers for equal spacings (times the squared spacing in the end), else as doubles.
-template <class T>
-struct Offset {
-  T squared;
-  int32_t dz, dy;
-};
-
-// Row offsets that a search visits, nearest first, and what the next one would cost.
-template <class T>
-struct Rings {
-  Offset<T>* offsets;
-  int64_t count;
-  T beyond;     // no row outside the list is nearer; far when the list holds every row
-  T unit[3];    // squared spacing
-  T along[65];  // squared distance along a row
 };
 
 // What one item occupies in the first buffer. A row is `words` words of bits and one of zeros, which
@@ -280,40 +267,15 @@ void extract(const MaskPairs& m, const Layout& l, const Item& item, int threads)
 
 // ---- nearest surface voxel -------------------------------------------------------------------------
 
-template <class T>
-constexpr T far = T(1) << 62;
-template <>
-constexpr double far<double> = HUGE_VAL;
-
-template <class T>
-T square_of(int64_t steps, T unit) {
-  return T(steps * steps) * unit;
-}
-
-// Rows within the largest radius that gives at most max_offsets of them.
+// The rows that searches of this item visit.
 template <class T>
 void make_rings(const Item& item, const double spacing[3], double common) {
-  const Box& box = *item.box;
   Rings<T>& r = *static_cast<Rings<T>*>(item.rings);
-  r.offsets = static_cast<Offset<T>*>(item.offsets);
-  for (int i = 0; i < 3; ++i) r.unit[i] = common > 0 ? T(1) : T(spacing[i] * spacing[i]);
-  for (int i = 0; i < 65; ++i) r.along[i] = square_of<T>(i, r.unit[2]);
   int64_t to[2];
-  double radius = 0;
-  for (int i = 0; i < 2; ++i) radius = std::fmax(radius, spacing[i] * static_cast<double>(box.shape[i]));
-  do {
-    for (int i = 0; i < 2; ++i) to[i] = smaller(box.shape[i] - 1, static_cast<int64_t>(radius / spacing[i]));
-    radius *= 0.95;
-  } while ((2 * to[0] + 1) * (2 * to[1] + 1) > max_offsets);
-  r.beyond = far<T>;
-  for (int i = 0; i < 2; ++i) {
-    const T outside = square_of<T>(to[i] + 1, r.unit[i]);
-    if (to[i] + 1 < box.shape[i] && outside < r.beyond) r.beyond = outside;
-  }
-  r.count = 0;
+  r = formulas::empty_rings<T>(item.box->shape, spacing, common, static_cast<Offset<T>*>(item.offsets), to);
   for (int64_t dz = -to[0]; dz <= to[0]; ++dz)
     for (int64_t dy = -to[1]; dy <= to[1]; ++dy) {
-      const T squared = square_of<T>(dz, r.unit[0]) + square_of<T>(dy, r.unit[1]);
+      const T squared = formulas::square_of<T>(dz, r.unit[0]) + formulas::square_of<T>(dy, r.unit[1]);
       if (squared < r.beyond)
         r.offsets[r.count++] = {squared, static_cast<int32_t>(dz), static_cast<int32_t>(dy)};
     }
@@ -324,76 +286,6 @@ void make_rings(const Item& item, const double spacing[3], double common) {
       for (; j >= gap && x.squared < r.offsets[j - gap].squared; j -= gap) r.offsets[j] = r.offsets[j - gap];
       r.offsets[j] = x;
     }
-}
-
-// Steps from voxel x of a row to the nearest set bit, if it is under `limit`; words first..end - 1 hold the
-// bits.
-int64_t steps_along(const uint64_t* row, int64_t x, int64_t first, int64_t end, int64_t limit) {
-  for (int64_t k = x / 64 + 1; k < end && 64 * k - x < limit; ++k)
-    if (row[k]) limit = smaller(limit, 64 * k + lowest_bit(row[k]) - x);
-  for (int64_t k = x / 64 - 1; k >= first && x - 64 * k - 63 < limit; --k)
-    if (row[k]) limit = smaller(limit, x - 64 * k - highest_bit(row[k]));
-  return limit;
-}
-
-struct Sites {
-  const uint64_t* bits;  // word 0 of the box's first row
-  int64_t plane, row, first, end, shape[2];
-};
-
-// Squared distance from voxel (z, y, x) to the nearest set bit on the row (z + dz, y + dy), if under best.
-template <class T>
-inline __attribute__((always_inline)) T on_row(const Sites& s, const Rings<T>& r, int64_t z, int64_t y,
-                                               int64_t x, T squared, T best) {
-  const uint64_t* row = s.bits + z * s.plane + y * s.row;
-  const int64_t k = x >> 6;
-  const int shift = static_cast<int>(x & 63);
-  const uint64_t right = row[k] >> shift | row[k + 1] << 1 << (63 - shift);
-  const uint64_t left = row[k] << (63 - shift) | row[k - 1] >> 1 >> shift;
-  if (right | left) {
-    const int a = right ? lowest_bit(right) : 64, b = left ? __builtin_clzll(left) : 64;
-    const T d = squared + r.along[a < b ? a : b];
-    return d < best ? d : best;
-  }
-  if (squared + r.along[64] >= best) return best;
-  const int64_t none = int64_t{1} << 30, steps = steps_along(row, x, s.first, s.end, none);
-  const T d = squared + square_of<T>(steps, r.unit[2]);
-  return steps < none && d < best ? d : best;
-}
-
-// Squared distance from voxel (z, y, x) to the nearest set bit on the rows of the list, and the number of
-// rows seen. Right if it is at most r.beyond.
-template <class T>
-T nearest(const Sites& s, const Rings<T>& r, int64_t z, int64_t y, int64_t x, int64_t& i) {
-  T best = far<T>;
-  for (i = 0; i < r.count; ++i) {
-    const Offset<T> o = r.offsets[i];
-    if (o.squared >= best) break;
-    const int64_t v = z + o.dz, u = y + o.dy;
-    if (static_cast<uint64_t>(v) < static_cast<uint64_t>(s.shape[0]) &&
-        static_cast<uint64_t>(u) < static_cast<uint64_t>(s.shape[1]))
-      best = on_row(s, r, v, u, x, o.squared, best);
-  }
-  return best;
-}
-
-// Squared distance over every row of the box, for the few voxels that the list leaves open.
-template <class T>
-T nearest_of_all(const Sites& s, const Rings<T>& r, int64_t z, int64_t y, int64_t x, T best) {
-  const auto outward = [](int64_t i, int64_t at) { return at + (i & 1 ? i / 2 + 1 : -(i / 2)); };
-  for (int64_t i = 0; i <= 2 * s.shape[0]; ++i) {
-    const int64_t v = outward(i, z);
-    const T dz = square_of<T>(v - z, r.unit[0]);
-    if (dz >= best) break;
-    if (v < 0 || v >= s.shape[0]) continue;
-    for (int64_t j = 0; j <= 2 * s.shape[1]; ++j) {
-      const int64_t u = outward(j, y);
-      const T squared = dz + square_of<T>(u - y, r.unit[1]);
-      if (squared >= best) break;
-      if (u >= 0 && u < s.shape[1]) best = on_row(s, r, v, u, x, squared, best);
-    }
-  }
-  return best;
 }
 
 // f(position in the list, z, y, x) for each surface voxel of a side; z, y count from the box's corner,
@@ -467,7 +359,8 @@ bool map_is_cheaper(const Item& item, const Layout& l, int side, int threads) {
   const Box& box = *item.box;
   const Rings<T>& rings = *static_cast<const Rings<T>*>(item.rings);
   const int64_t rows = box.shape[0] * box.shape[1];
-  if (box.count[side] * rings.count <= 2 * rows * box.shape[2] && rings.beyond == far<T>) return false;
+  if (box.count[side] * rings.count <= 2 * rows * box.shape[2] && rings.beyond == formulas::far<T>())
+    return false;
   const Sites sites = sites_of(item, l, 1 - side);
   const int64_t seen =
       for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
@@ -490,7 +383,7 @@ void directed_distances(const Item& item, const Layout& l, int side, const doubl
     for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
       int64_t seen;
       T d = nearest(sites, rings, z, y, x, seen);
-      if (d > rings.beyond) d = nearest_of_all(sites, rings, z, y, x, d);
+      if (d > rings.beyond) d = nearest_of_all(sites, rings.unit, z, y, x, d);
       squared[i] = static_cast<double>(d) * scale;
       return 0;
     });
