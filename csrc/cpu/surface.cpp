@@ -8,14 +8,18 @@
 // around both masks (surfaces far apart), the map is made instead (cpu/edt.h).
 #include "formulas/surface.h"
 
-#include <omp.h>
-
 #include <cmath>
 #include <cstring>
 
 #include "cpu/edt.h"
 #include "cpu/isa.h"
 #include "noisyseg/surface.h"
+#ifdef _OPENMP
+#include <omp.h>
+#else  // the emulator's build
+#define omp_get_max_threads() 1
+#define omp_get_thread_num() 0
+#endif
 #if defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
 #endif

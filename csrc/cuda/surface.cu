@@ -21,7 +21,7 @@ using formulas::square_of;
 using u64 = unsigned long long;
 
 constexpr int threads = 256;
-constexpr int select_threads = 1024;
+constexpr int select_threads = 512;
 constexpr int map_blocks = 2048;
 
 int64_t align(int64_t bytes) { return (bytes + 63) & ~int64_t{63}; }
@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(threads) pack_masks(MaskPairs m, Layout l, uin
   const int lane = threadIdx.x & 31;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (threads / 32);
   const int64_t rows = m.shape[0] * m.shape[1], total = m.items * 2 * rows * 2 * l.row;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * (threads / 32) + threadIdx.x / 32; i < total; i += warps) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * (threads / 32) + threadIdx.x / 32; i < total;
+       i += warps) {
     const int64_t half = i % (2 * l.row), r = i / (2 * l.row) % rows, pair = i / (2 * l.row) / rows;
     const int side = static_cast<int>(pair & 1);
     const int64_t item = pair >> 1, x = 32 * half + lane;
@@ -150,8 +151,8 @@ __global__ void __launch_bounds__(threads) extract_surfaces(MaskPairs m, Layout 
 
 // The offsets of the rings by bitonic sort, and zeroed totals. One block of max_offsets threads.
 template <class T>
-__global__ void __launch_bounds__(max_offsets) make_rings(Rings<T> r, int64_t to0, int64_t to1, int* count,
-                                                          Totals* totals, int64_t pairs) {
+__global__ void __launch_bounds__(max_offsets)
+    make_rings(Rings<T> r, int64_t to0, int64_t to1, int* count, Totals* totals, int64_t pairs) {
   __shared__ T key[max_offsets];
   __shared__ int id[max_offsets];
   __shared__ int kept;
@@ -186,7 +187,8 @@ __global__ void __launch_bounds__(max_offsets) make_rings(Rings<T> r, int64_t to
       }
       __syncthreads();
     }
-  r.offsets[t] = {key[t], static_cast<int32_t>(id[t] / width - to0), static_cast<int32_t>(id[t] % width - to1)};
+  r.offsets[t] = {key[t], static_cast<int32_t>(id[t] / width - to0),
+                  static_cast<int32_t>(id[t] % width - to1)};
   if (t == 0) *count = kept;
 }
 
@@ -214,7 +216,8 @@ struct Most {
 };
 
 // The set bits of the block's chunk of words, in order, into list; returns how many.
-__device__ inline int list_bits(const uint64_t* words, int64_t first, int64_t end, uint16_t* list, int* shared) {
+__device__ inline int list_bits(const uint64_t* words, int64_t first, int64_t end, uint16_t* list,
+                                int* shared) {
   const int t = static_cast<int>(threadIdx.x);
   uint64_t word = first + t < end ? words[first + t] : 0;
   const int own = __popcll(word);
@@ -242,7 +245,11 @@ struct Problem {
 };
 
 __device__ inline Sites sites_of(const Problem& p, int64_t item, int side) {
-  return {bits_at(p.bits, p.layout, item, 2 + side), p.layout.plane, p.layout.row, 0, p.layout.words,
+  return {bits_at(p.bits, p.layout, item, 2 + side),
+          p.layout.plane,
+          p.layout.row,
+          0,
+          p.layout.words,
           {p.shape[0], p.shape[1]}};
 }
 
@@ -256,8 +263,8 @@ __device__ inline Voxel voxel_of(const Problem& p, int64_t first, int bit) {
 }
 
 // What a block gathers over its share of a list; part 0 or 1 of the chunk.
-__device__ inline void write_partials(Chunk& c, int part, double sum, double most, int64_t within, double* reals,
-                                      u64* counts) {
+__device__ inline void write_partials(Chunk& c, int part, double sum, double most, int64_t within,
+                                      double* reals, u64* counts) {
   sum = block_reduce(sum, reals, Sum());
   most = block_reduce(most, reals, Most());
   within = static_cast<int64_t>(block_reduce(static_cast<u64>(within), counts, Sum()));
@@ -334,29 +341,28 @@ __global__ void __launch_bounds__(threads) map_planes(Problem p, Rings<T> r, int
   const int64_t step = static_cast<int64_t>(gridDim.x) * threads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x; i < p.layout.voxels; i += step) {
     const int64_t row = i / p.shape[2];
-    const T d = formulas::nearest_on_plane(sites, r.unit, row / p.shape[1], row % p.shape[1], i % p.shape[2], T(0),
-                                           far<T>());
+    const T d = formulas::nearest_on_plane(sites, r.unit, row / p.shape[1], row % p.shape[1], i % p.shape[2],
+                                           T(0), far<T>());
     map[i] = d < far<T>() ? static_cast<float>(d) : static_cast<float>(far<T>());
   }
 }
 
-// The distances that search_rings left open: along z over the map, or over all rows.
-template <class T>
+// The distances that search_rings left open: along z over the map, or over all rows where there is none.
+template <class T, bool from_map>
 __global__ void __launch_bounds__(threads) close_open(Problem p, Rings<T> r, int side) {
   __shared__ uint16_t list[64 * threads];
   __shared__ double reals[threads];
   __shared__ u64 counts[threads];
   __shared__ int scan[threads];
   const int64_t item = blockIdx.y, pair = 2 * item + side;
-  if (p.work.totals[2 * item + 1 - side].listed == 0) return;
-  const bool from_map = map_is_cheaper(p, item, side);
+  if (p.work.totals[2 * item + 1 - side].listed == 0 || map_is_cheaper(p, item, side) != from_map) return;
   const Sites sites = sites_of(p, item, 1 - side);
   const float* map = p.work.map + item * p.layout.voxels;
   for (int64_t chunk = blockIdx.x; chunk < p.layout.chunks; chunk += gridDim.x) {
     Chunk& c = p.work.chunks[pair * p.layout.chunks + chunk];
     if (c.open == 0) continue;
-    const int n =
-        list_bits(bits_at(p.bits, p.layout, item, 2 + side), chunk * threads, p.layout.volume - 1, list, scan);
+    const int n = list_bits(bits_at(p.bits, p.layout, item, 2 + side), chunk * threads, p.layout.volume - 1,
+                            list, scan);
     float* keys = p.work.keys + pair * p.layout.voxels + c.base;
     double sum = 0, most = 0;
     int64_t within = 0;
@@ -364,7 +370,7 @@ __global__ void __launch_bounds__(threads) close_open(Problem p, Rings<T> r, int
       if (keys[i] >= 0) continue;
       const Voxel v = voxel_of(p, chunk * threads, list[i]);
       T d = far<T>();
-      if (from_map)
+      if constexpr (from_map)
         for (int64_t j = 0; j <= 2 * p.shape[0]; ++j) {
           const int64_t z = formulas::outward(j, v.z);
           const T along = square_of<T>(z - v.z, r.unit[0]);
@@ -388,25 +394,28 @@ __global__ void __launch_bounds__(threads) close_open(Problem p, Rings<T> r, int
 
 // ---- order statistics and results ------------------------------------------------------------------
 
-// The percentile of sqrt(keys) over one or two lists, by radix selection on the bits of the keys, which
-// sort as the numbers do. A block; the result in every thread.
-__device__ inline double select(const float* const lists[2], const int64_t sizes[2], double percentile,
+// f(bits) for each key of two lists, shared out over the block.
+template <class F>
+__device__ inline void for_each_key(const float* a, int64_t na, const float* b, int64_t nb, const F& f) {
+  for (int64_t i = threadIdx.x; i < na; i += blockDim.x) f(__float_as_uint(a[i]));
+  for (int64_t i = threadIdx.x; i < nb; i += blockDim.x) f(__float_as_uint(b[i]));
+}
+
+// The percentile of sqrt(keys) over two lists, by radix selection on the bits of the keys, which sort as
+// the numbers do. By a whole block; the result in every thread.
+__device__ inline double select(const float* a, int64_t na, const float* b, int64_t nb, double percentile,
                                 unsigned* histogram, unsigned* shared) {
-  const int64_t n = sizes[0] + sizes[1];
-  const formulas::Rank rank = formulas::percentile_rank(percentile, n);
+  const formulas::Rank rank = formulas::percentile_rank(percentile, na + nb);
   int64_t k = rank.index;
   unsigned prefix = 0, left = 0;
-  const int shifts[3] = {20, 9, 0}, widths[3] = {11, 11, 9};
   for (int level = 0; level < 3; ++level) {
-    const int shift = shifts[level], width = widths[level];
+    const int shift = level == 0 ? 20 : level == 1 ? 9 : 0, width = level == 2 ? 9 : 11;
     for (unsigned i = threadIdx.x; i < 2048; i += blockDim.x) histogram[i] = 0;
     __syncthreads();
-    for (int side = 0; side < 2; ++side)
-      for (int64_t i = threadIdx.x; i < sizes[side]; i += blockDim.x) {
-        const unsigned bits = __float_as_uint(lists[side][i]);
-        if (level == 0 || bits >> (shift + width) == prefix)
-          atomicAdd(&histogram[bits >> shift & ((1u << width) - 1)], 1u);
-      }
+    for_each_key(a, na, b, nb, [&](unsigned bits) {
+      if (level == 0 || bits >> (shift + width) == prefix)
+        atomicAdd(&histogram[bits >> shift & ((1u << width) - 1)], 1u);
+    });
     __syncthreads();
     if (threadIdx.x == 0) {
       unsigned bin = 0;
@@ -424,13 +433,11 @@ __device__ inline double select(const float* const lists[2], const int64_t sizes
     __syncthreads();
   }
   unsigned high = prefix;  // the next value, if it is not the same again
-  if (k + 1 >= static_cast<int64_t>(left) && rank.index + 1 < n) {
+  if (k + 1 >= static_cast<int64_t>(left) && rank.index + 1 < na + nb) {
     unsigned least = 0x7f800000u;
-    for (int side = 0; side < 2; ++side)
-      for (int64_t i = threadIdx.x; i < sizes[side]; i += blockDim.x) {
-        const unsigned bits = __float_as_uint(lists[side][i]);
-        if (bits > prefix && bits < least) least = bits;
-      }
+    for_each_key(a, na, b, nb, [&](unsigned bits) {
+      if (bits > prefix && bits < least) least = bits;
+    });
     atomicMin(&shared[3], least);
     __syncthreads();
     high = shared[3];
@@ -440,16 +447,14 @@ __device__ inline double select(const float* const lists[2], const int64_t sizes
 }
 
 // A block per item: sums the chunks in a fixed order, selects the percentiles, writes the five results.
-__global__ void __launch_bounds__(select_threads) write_results(Problem p, SurfaceDefinition definition,
-                                                                double percentile, double* out, int64_t items) {
+__global__ void __launch_bounds__(select_threads)
+    write_results(Problem p, SurfaceDefinition definition, double percentile, double* out, int64_t items) {
   __shared__ double reals[select_threads];
   __shared__ u64 counts[select_threads];
   __shared__ unsigned histogram[2048];
   __shared__ unsigned shared[4];
   const int64_t item = blockIdx.x;
-  formulas::Directed directed[2];
-  const float* lists[2];
-  int64_t sizes[2];
+  __shared__ formulas::Directed directed[2];
   for (int side = 0; side < 2; ++side) {
     const Chunk* chunks = p.work.chunks + (2 * item + side) * p.layout.chunks;
     double sum = 0, most = 0;
@@ -460,21 +465,22 @@ __global__ void __launch_bounds__(select_threads) write_results(Problem p, Surfa
         most = chunks[i].maximum[part] > most ? chunks[i].maximum[part] : most;
         within += static_cast<u64>(chunks[i].within[part]);
       }
-    directed[side].sum = block_reduce(sum, reals, Sum());
-    directed[side].maximum = block_reduce(most, reals, Most());
-    directed[side].within = static_cast<int64_t>(block_reduce(within, counts, Sum()));
-    directed[side].quantile = 0;
-    directed[side].count = sizes[side] = static_cast<int64_t>(p.work.totals[2 * item + side].listed);
-    lists[side] = p.work.keys + (2 * item + side) * p.layout.voxels;
+    sum = block_reduce(sum, reals, Sum());
+    most = block_reduce(most, reals, Most());
+    within = block_reduce(within, counts, Sum());
+    if (threadIdx.x == 0)
+      directed[side] = {static_cast<int64_t>(p.work.totals[2 * item + side].listed),
+                        static_cast<int64_t>(within), sum, most, 0};
   }
   __syncthreads();
-  if (sizes[0] != 0 && sizes[1] != 0) {
-    if (definition == SurfaceDefinition::medpy) {
-      directed[0].quantile = directed[1].quantile = select(lists, sizes, percentile, histogram, shared);
-    } else {
-      const int64_t size0[2] = {sizes[0], 0}, size1[2] = {0, sizes[1]};
-      directed[0].quantile = select(lists, size0, percentile, histogram, shared);
-      directed[1].quantile = select(lists, size1, percentile, histogram, shared);
+  if (directed[0].count != 0 && directed[1].count != 0) {
+    const bool pooled = definition == SurfaceDefinition::medpy;
+    for (int side = 0; side < 2; ++side) {
+      const int64_t first = (2 * item + (pooled ? 0 : side)) * p.layout.voxels;
+      const double quantile = select(p.work.keys + first, directed[pooled ? 0 : side].count,
+                                     p.work.keys + first + p.layout.voxels, pooled ? directed[1].count : 0,
+                                     percentile, histogram, shared);
+      if (threadIdx.x == 0) directed[side].quantile = quantile;
     }
   }
   if (threadIdx.x == 0) formulas::surface_result(directed[0], directed[1], out + item, items);
@@ -498,9 +504,9 @@ __global__ void __launch_bounds__(threads) count_overlap(MaskPairs m, u64* count
     const int64_t x = i % m.shape[2], y = i / m.shape[2] % m.shape[1], z = i / m.shape[2] / m.shape[1];
     bool object[2];
     for (int side = 0; side < 2; ++side)
-      object[side] = is_object(
-          m.data[side], m.bytes[side],
-          base[side] + z * m.strides[side][0] + y * m.strides[side][1] + x * m.strides[side][2]);
+      object[side] =
+          is_object(m.data[side], m.bytes[side],
+                    base[side] + z * m.strides[side][0] + y * m.strides[side][1] + x * m.strides[side][2]);
     sum[0] += object[0];
     sum[1] += object[1];
     sum[2] += object[0] && object[1];
@@ -511,8 +517,8 @@ __global__ void __launch_bounds__(threads) count_overlap(MaskPairs m, u64* count
   }
 }
 
-__global__ void __launch_bounds__(threads) write_overlap(const u64* counts, int64_t voxels, double* out,
-                                                         int64_t items) {
+__global__ void __launch_bounds__(threads)
+    write_overlap(const u64* counts, int64_t voxels, double* out, int64_t items) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
   if (i >= items) return;
   const auto count = [&](int k) { return static_cast<int64_t>(counts[3 * i + k]); };
@@ -526,20 +532,21 @@ void check_items(const MaskPairs& m) {
 }
 
 template <class T>
-void measure(const MaskPairs& m, const Problem& p, double common, const SurfaceOptions& options, const Array& out,
-             const Exec& exec) {
+void measure(const MaskPairs& m, const Problem& p, double common, const SurfaceOptions& options,
+             const Array& out, const Exec& exec) {
   int64_t to[2];
   const Rings<T> r =
       formulas::empty_rings<T>(m.shape, m.spacing, common, static_cast<Offset<T>*>(p.work.offsets), to);
   const unsigned items = static_cast<unsigned>(m.items), chunks = static_cast<unsigned>(p.layout.chunks);
-  NOISYSEG_LAUNCH((make_rings<T>), 1, max_offsets, 0, exec, r, to[0], to[1], p.work.offset_count, p.work.totals,
-                  2 * m.items);
+  NOISYSEG_LAUNCH((make_rings<T>), 1, max_offsets, 0, exec, r, to[0], to[1], p.work.offset_count,
+                  p.work.totals, 2 * m.items);
   NOISYSEG_LAUNCH((search_rings<T>), dim3(chunks, 2, items), threads, 0, exec, p, r);
   for (int side = 0; side < 2; ++side) {
-    NOISYSEG_LAUNCH((map_planes<T>), dim3(blocks_for(p.layout.voxels, threads, map_blocks), items), threads, 0, exec,
-                    p, r, side);
-    NOISYSEG_LAUNCH((close_open<T>), dim3(blocks_for(p.layout.chunks, 1, map_blocks), items), threads, 0, exec, p, r,
-                    side);
+    NOISYSEG_LAUNCH((map_planes<T>), dim3(blocks_for(p.layout.voxels, threads, map_blocks), items), threads,
+                    0, exec, p, r, side);
+    const dim3 grid(blocks_for(p.layout.chunks, 1, map_blocks), items);
+    NOISYSEG_LAUNCH((close_open<T, true>), grid, threads, 0, exec, p, r, side);
+    NOISYSEG_LAUNCH((close_open<T, false>), grid, threads, 0, exec, p, r, side);
   }
   NOISYSEG_LAUNCH((write_results), items, select_threads, 0, exec, p, options.definition, options.percentile,
                   static_cast<double*>(out.data), m.items);
@@ -554,8 +561,8 @@ size_t surface_extract_workspace(const Array& pred, int spatial_dims, const Exec
   return static_cast<size_t>(m.items * 4 * layout_of(m).volume * 8);
 }
 
-size_t surface_extract(const Array& pred, const Array& target, int spatial_dims, const SurfaceOptions& options,
-                       void* surfaces, const Exec& exec) {
+size_t surface_extract(const Array& pred, const Array& target, int spatial_dims,
+                       const SurfaceOptions& options, void* surfaces, const Exec& exec) {
   const DeviceGuard guard(exec.device);
   const MaskPairs m = formulas::mask_pairs(pred, target, spatial_dims, options.spacing);
   check_items(m);
@@ -591,17 +598,18 @@ size_t overlap_metrics_workspace(const Array& pred, int spatial_dims, const Exec
   return static_cast<size_t>(formulas::mask_pairs(pred, pred, spatial_dims, nullptr).items * 3 * 8);
 }
 
-void overlap_metrics(const Array& pred, const Array& target, int spatial_dims, void* workspace, const Array& out,
-                     const Exec& exec) {
+void overlap_metrics(const Array& pred, const Array& target, int spatial_dims, void* workspace,
+                     const Array& out, const Exec& exec) {
   const DeviceGuard guard(exec.device);
   const MaskPairs m = formulas::mask_pairs(pred, target, spatial_dims, nullptr);
   check_items(m);
   const int64_t voxels = m.shape[0] * m.shape[1] * m.shape[2];
   u64* counts = static_cast<u64*>(workspace);
-  NOISYSEG_LAUNCH((zero_counts), blocks_for(3 * m.items, threads, 1 << 20), threads, 0, exec, counts, 3 * m.items);
+  NOISYSEG_LAUNCH((zero_counts), blocks_for(3 * m.items, threads, 1 << 20), threads, 0, exec, counts,
+                  3 * m.items);
   NOISYSEG_LAUNCH((count_overlap),
-                  dim3(blocks_for(voxels, 16 * threads, 4096), static_cast<unsigned>(m.items)), threads, 0, exec, m,
-                  counts);
+                  dim3(blocks_for(voxels, 16 * threads, 4096), static_cast<unsigned>(m.items)), threads, 0,
+                  exec, m, counts);
   NOISYSEG_LAUNCH((write_overlap), blocks_for(m.items, threads, 1 << 20), threads, 0, exec, counts, voxels,
                   static_cast<double*>(out.data), m.items);
 }

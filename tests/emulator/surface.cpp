@@ -41,7 +41,8 @@ std::vector<double> run(bool cuda, const Array& p, const Array& t, int dims, con
   out.dtype = DType::f64;
 #define CALL(name, ...) (cuda ? cuda::name(__VA_ARGS__) : cpu::name(__VA_ARGS__))
   std::vector<uint64_t> surfaces(CALL(surface_extract_workspace, p, dims, exec) / 8 + 1, ~0ull);
-  std::vector<uint64_t> work(CALL(surface_extract, p, t, dims, options, surfaces.data(), exec) / 8 + 1, ~0ull);
+  std::vector<uint64_t> work(CALL(surface_extract, p, t, dims, options, surfaces.data(), exec) / 8 + 1,
+                             ~0ull);
   CALL(surface_metrics, p, dims, options, surfaces.data(), work.data(), out, exec);
   std::vector<uint64_t> counts(CALL(overlap_metrics_workspace, p, dims, exec) / 8 + 1, ~0ull);
   out.data = result.data() + 5 * items;
