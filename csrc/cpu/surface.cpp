@@ -5,13 +5,12 @@
 // Each surface voxel looks for the other surface on the rows around it, nearest rows first, until no
 // row can be nearer than what it has found: work follows the distances, and no distance map is made.
 // Where a sample of the voxels says that this would take longer than an exact distance map of the box
-// around both masks (surfaces far apart), the map is made instead (cpu/edt.h).
+// around both masks (surfaces far apart), the map is made instead.
 #include "formulas/surface.h"
 
 #include <cmath>
 #include <cstring>
 
-#include "cpu/edt.h"
 #include "cpu/isa.h"
 #include "noisyseg/surface.h"
 #ifdef _OPENMP
@@ -313,39 +312,6 @@ int64_t for_each_voxel(const Item& item, const Layout& l, int side, int threads,
   return total;
 }
 
-// An exact map of squared distances of the whole box to the other surface.
-template <class Real>
-void distances_from_map(const Item& item, const Layout& l, int side, const double spacing[3], double scale,
-                        double* squared, void* scratch, int threads) {
-  const Box& box = *item.box;
-  const int64_t *n = box.shape, voxels = n[0] * n[1] * n[2];
-  char* base = static_cast<char*>(scratch);
-  Real* map = reinterpret_cast<Real*>(base);
-  uint8_t* sites = reinterpret_cast<uint8_t*>(base + align(voxels * sizeof(Real)));
-  std::memset(sites, 0, voxels);
-  const auto voxel = [&](int64_t z, int64_t y, int64_t x) { return (z * n[1] + y) * n[2] + x - box.low[2]; };
-  for_each_voxel(item, l, 1 - side, threads,
-                 [&](int64_t, int64_t z, int64_t y, int64_t x) { return sites[voxel(z, y, x)] = 1; });
-  NOISYSEG_ISA::squared_distance(sites, map, sites + align(voxels), n, spacing, threads);
-  for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
-    squared[i] = static_cast<double>(map[voxel(z, y, x)]) * scale;
-    return 0;
-  });
-}
-
-// A map in single precision is exact for steps of 1 while squared lengths stay below 2^24.
-bool exact_in_float(const Box& box, bool equal) {
-  const int64_t* n = box.shape;
-  return equal && n[0] * n[0] + n[1] * n[1] + n[2] * n[2] < int64_t{1} << 24;
-}
-
-int64_t map_bytes(const Box& box, bool equal, int threads) {
-  const int64_t voxels = box.shape[0] * box.shape[1] * box.shape[2];
-  const bool wide = !exact_in_float(box, equal);
-  return align(voxels * (wide ? 8 : 4)) + align(voxels) +
-         align(static_cast<int64_t>(NOISYSEG_ISA::squared_distance_workspace(box.shape, threads, wide)));
-}
-
 Sites sites_of(const Item& item, const Layout& l, int side) {
   const Box& box = *item.box;
   return {item.surface[side] + box.low[0] * l.plane + box.low[1] * l.row,
@@ -354,6 +320,112 @@ Sites sites_of(const Item& item, const Layout& l, int side) {
           box.low[2] / 64,
           (box.low[2] + box.shape[2] + 63) / 64,
           {box.shape[0], box.shape[1]}};
+}
+
+// ---- map of the box, for surfaces far apart --------------------------------------------------------
+
+// A map in single precision is exact for steps of 1 while squared lengths stay below 2^24.
+bool exact_in_float(const Box& box, bool equal) {
+  const int64_t* n = box.shape;
+  return equal && n[0] * n[0] + n[1] * n[1] + n[2] * n[2] < int64_t{1} << 24;
+}
+
+// A flat image is planes of one row for the search, but one plane of rows for the map.
+struct MapShape {
+  int64_t planes, rows, columns;
+  explicit MapShape(const Box& box)
+      : planes(box.shape[1] == 1 ? 1 : box.shape[0]),
+        rows(box.shape[1] == 1 ? box.shape[0] : box.shape[1]),
+        columns(box.shape[2]) {}
+  int64_t voxels() const { return planes * rows * columns; }
+};
+
+int64_t map_bytes(const Box& box, bool equal, int threads) {
+  const MapShape n(box);
+  return align(n.voxels() * (exact_in_float(box, equal) ? 4 : 8)) + threads * align(n.rows * 32);
+}
+
+// One column of a plane's map: f(y) <- min over u of f(u) + unit (y - u)^2, by the lower envelope of
+// parabolas (Felzenszwalb and Huttenlocher, 2012). room: 4 rows doubles.
+template <class Real>
+void envelope(Real* column, int64_t stride, int64_t rows, double unit, double* room) {
+  double *from = room, *at = room + rows, *height = room + 2 * rows, *result = room + 3 * rows;
+  int64_t top = -1;
+  for (int64_t y = 0; y < rows; ++y) {
+    const double f = static_cast<double>(column[y * stride]), q = static_cast<double>(y);
+    if (f == HUGE_VAL) continue;
+    double begin = -HUGE_VAL;
+    for (; top >= 0; --top) {
+      begin = ((f - height[top]) / unit + q * q - at[top] * at[top]) / (2 * (q - at[top]));
+      if (begin > from[top]) break;
+    }
+    ++top;
+    from[top] = top == 0 ? -HUGE_VAL : begin;
+    at[top] = q;
+    height[top] = f;
+  }
+  if (top < 0) return;
+  for (int64_t y = 0, k = 0; y < rows; ++y) {
+    const double q = static_cast<double>(y);
+    while (k < top && from[k + 1] <= q) ++k;
+    result[y] = height[k] + unit * (q - at[k]) * (q - at[k]);
+  }
+  for (int64_t y = 0; y < rows; ++y) column[y * stride] = static_cast<Real>(result[y]);
+}
+
+// A map of squared distances within each plane to the other surface (4 or 8 B written, then read and
+// written once per voxel), then the last axis where a distance is asked for.
+template <class T, class Real>
+void distances_from_map(const Item& item, const Layout& l, int side, const T unit[3], double scale,
+                        double* squared, void* scratch, int threads) {
+  const Box& box = *item.box;
+  const MapShape n(box);
+  const bool flat = box.shape[1] == 1;
+  Real* const map = static_cast<Real*>(scratch);
+  double* const room =
+      reinterpret_cast<double*>(static_cast<char*>(scratch) + align(n.voxels() * sizeof(Real)));
+  const Sites sites = sites_of(item, l, 1 - side);
+  const auto number = [](T value) { return static_cast<double>(value); };
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t z = 0; z < n.planes; ++z) {
+    for (int64_t y = 0; y < n.rows; ++y) {
+      Real* const row = map + (z * n.rows + y) * n.columns;
+      const uint64_t* bits = sites.bits + (flat ? y * sites.plane : z * sites.plane + y * sites.row);
+      int64_t last = -1;  // the nearest set bit so far
+      const auto bit = [&](int64_t x) { return bits[(x + box.low[2]) >> 6] >> ((x + box.low[2]) & 63) & 1; };
+      for (int64_t x = 0; x < n.columns; ++x) {
+        if (bit(x)) last = x;
+        row[x] = last < 0 ? static_cast<Real>(HUGE_VAL)
+                          : static_cast<Real>(number((x - last) * (x - last) * unit[2]));
+      }
+      if (last < 0) continue;
+      for (int64_t x = n.columns - 1; x >= 0; --x) {
+        if (row[x] == 0) last = x;
+        const Real d = static_cast<Real>(number((last - x) * (last - x) * unit[2]));
+        if (x <= last && d < row[x]) row[x] = d;
+      }
+    }
+    double* const own = room + (threads > 1 ? omp_get_thread_num() : 0) * (align(n.rows * 32) / 8);
+    for (int64_t x = 0; x < n.columns; ++x)
+      envelope(map + z * n.rows * n.columns + x, n.columns, n.rows, number(unit[flat ? 0 : 1]), own);
+  }
+  for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
+    if (flat) {
+      y = z;
+      z = 0;
+    }
+    double best = HUGE_VAL;
+    for (int64_t j = 0; j <= 2 * n.planes; ++j) {
+      const int64_t v = formulas::outward(j, z);
+      const double along = number(formulas::square_of<T>(v - z, unit[0]));
+      if (along >= best) break;
+      if (v < 0 || v >= n.planes) continue;
+      const double d = along + static_cast<double>(map[(v * n.rows + y) * n.columns + x - box.low[2]]);
+      best = d < best ? d : best;
+    }
+    squared[i] = best * scale;
+    return 0;
+  });
 }
 
 // Whether a map of the box is cheaper than searches, from every 64th voxel: a map costs about as much
@@ -377,8 +449,8 @@ bool map_is_cheaper(const Item& item, const Layout& l, int side, int threads) {
 
 // squared[i] = squared distance of the i-th surface voxel of `side` to the other surface.
 template <class T>
-void directed_distances(const Item& item, const Layout& l, int side, const double spacing[3], double common,
-                        double* squared, void* scratch, int threads) {
+void directed_distances(const Item& item, const Layout& l, int side, double common, double* squared,
+                        void* scratch, int threads) {
   const Box& box = *item.box;
   const double scale = common > 0 ? common * common : 1;
   if (!box.map[side]) {
@@ -393,11 +465,11 @@ void directed_distances(const Item& item, const Layout& l, int side, const doubl
     });
     return;
   }
-  const double steps[3] = {1, 1, 1};
+  const T* unit = static_cast<const Rings<T>*>(item.rings)->unit;
   if (exact_in_float(box, common > 0))
-    distances_from_map<float>(item, l, side, steps, scale, squared, scratch, threads);
+    distances_from_map<T, float>(item, l, side, unit, scale, squared, scratch, threads);
   else
-    distances_from_map<double>(item, l, side, common > 0 ? steps : spacing, scale, squared, scratch, threads);
+    distances_from_map<T, double>(item, l, side, unit, scale, squared, scratch, threads);
 }
 
 // ---- sums and order statistics ---------------------------------------------------------------------
@@ -517,8 +589,7 @@ void measure(const MaskPairs& m, const Layout& l, const SurfaceOptions& options,
     double* const all = reinterpret_cast<double*>(scratch);
     double* const list[2] = {all, all + box.count[0]};
     for (int side = 0; side < 2; ++side) {
-      directed_distances<T>(item, l, side, m.spacing, common_spacing(m), list[side],
-                            scratch + parts.distances, threads);
+      directed_distances<T>(item, l, side, common_spacing(m), list[side], scratch + parts.distances, threads);
       summarize(list[side], box.count[side], options.tolerance, directed[side]);
     }
     if (options.definition == SurfaceDefinition::monai)
