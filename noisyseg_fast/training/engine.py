@@ -102,6 +102,7 @@ def read_config(out: Path) -> Config:
 class Result:
     """What a run came to."""
 
+    config: Config
     out: Path
     history: list[dict[str, float]]  # the rows of metrics.csv
     best_epoch: int
@@ -138,7 +139,7 @@ def train(
         raise FileExistsError(f"{out} is not empty; choose another folder (--out) or resume the run in it (--resume)")
     data = open_data(config.data, validation=config.validation, test=config.test, seed=config.seed)
     store = Store(data.classes)
-    with _bars(console) as bars:
+    with progress(console) as bars:
         task = bars.add_task("reading", total=len(data.split("all")), note="")
         shape = check(data, store, lambda: bars.advance(task))
         bars.remove_task(task)
@@ -385,7 +386,7 @@ class _Loop:
             corrupted = [data.training[i].id for i in np.flatnonzero(self.training.radii)]
             ids = [*spread(data.test, 4), *corrupted[:2]]
         shown = evaluate.pictures(method, data, self.store, patch, self.device, ids, noisy)
-        return Result(self.out, self.history, self.best_epoch, summary, data.unit, shown)
+        return Result(self.config, self.out, self.history, self.best_epoch, summary, data.unit, shown)
 
 
 def spread(cases: Sequence[Case], count: int) -> list[str]:
@@ -394,7 +395,8 @@ def spread(cases: Sequence[Case], count: int) -> list[str]:
     return [cases[i].id for i in chosen]
 
 
-def _bars(console: Console | None) -> Progress:
+def progress(console: Console | None) -> Progress:
+    """Progress bars on the console; none without one."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (

@@ -97,7 +97,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>, got {name!r}")
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
