@@ -81,9 +81,13 @@ def _root(debug: Debug = False) -> None:
 @app.command()
 def demo(
     folder: Annotated[Path, Option("--out", help="Where the results go.")] = Path("runs/demo"),
-    quick: Annotated[bool, Option("--quick", help="One epoch of a tiny network, to try the machinery.")] = False,
+    quick: Annotated[
+        bool, Option("--quick", help="One epoch of a tiny network, to try the machinery.")
+    ] = False,
 ) -> None:
-    """Train on the built-in CT nodules: what noisy masks cost, and what NR-Dice wins back. About 4 minutes on 2 cores.
+    """Train on the built-in CT nodules: what noisy masks cost, and what NR-Dice wins back.
+
+    At most 4 minutes on 2 cores.
 
     Example: `noisyseg demo --out runs/demo`
     """
@@ -130,18 +134,23 @@ def train(
     ] = None,
     resume: Annotated[
         Path | None,
-        Option(help="Go on with the run in this folder; only --epochs, --device, --precision, --workers may change."),
+        Option(
+            help="Go on with the run in this folder; only --epochs, --device, --precision and "
+            "--workers may change."
+        ),
     ] = None,
     device: Annotated[str | None, Option(help="auto, cpu, cuda or cuda:N. [default: auto]")] = None,
-    precision: Annotated[str | None, Option(help="32-true, bf16-mixed or 16-mixed. [default: 32-true]")] = None,
+    precision: Annotated[
+        str | None, Option(help="32-true, bf16-mixed or 16-mixed. [default: 32-true]")
+    ] = None,
     workers: Annotated[int | None, Option(help="Processes that prepare batches. [default: 0]")] = None,
 ) -> None:
     """Train a network on the sample, a folder or a datalist, and test it against the raters' consensus.
 
     Example: `noisyseg train --data sample --method nr_dice --noise-rate 0.4 --out runs/nr_dice`
 
-    Example: `noisyseg train --data DIR --method nr_dice --set gamma=1.3 --epochs 200`, where DIR holds imagesTr/ and
-    labelsTr/ as for nnU-Net (several raters: labelsTr/CASE_rater0.nii.gz, ...)
+    Example: `noisyseg train --data DIR --method nr_dice --set gamma=1.3 --epochs 200`, where DIR holds
+    imagesTr/ and labelsTr/ as for nnU-Net (several raters: labelsTr/CASE_rater0.nii.gz, ...)
     """
     import dataclasses
 
@@ -217,8 +226,8 @@ def evaluate(
             shape = store.get(case).image.shape
             if (shape[0], len(shape) - 1) != (spec.channels, spec.spatial_dims):
                 raise ValueError(
-                    f"case {case.id} has {shape[0]} channel(s) and {len(shape) - 1} spatial axes; the model takes "
-                    f"{spec.channels} and {spec.spatial_dims}"
+                    f"case {case.id} has {shape[0]} channel(s) and {len(shape) - 1} spatial axes; "
+                    f"the model takes {spec.channels} and {spec.spatial_dims}"
                 )
         scores = scoring.evaluate(method, cases, store, spec.patch, place, seen=lambda: bars.advance(task))
     out.print(scoring.summarize(scores).sentence(source.unit), highlight=False)
@@ -230,7 +239,9 @@ def evaluate(
 @app.command()
 def predict(
     checkpoint: Annotated[Path, typer.Argument(help="best.pt of a run.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files (.nii.gz, .nii, .png), or folders of them.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="Image files (.nii.gz, .nii, .png), or folders of them.")
+    ],
     folder: Annotated[Path, Option("--out", help="Folder for the masks.")],
     device: Device = "auto",
 ) -> None:

@@ -1,4 +1,4 @@
-"""Simulated annotation noise: what a hurried or cautious rater does to a mask. Seeded; inputs are not written."""
+"""Simulated annotation noise: what a hurried or cautious rater does to a mask. Seeded; writes no input."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .distance import distance_transform_edt
 
@@ -20,14 +21,17 @@ def dilate(mask: Any, radius: float | Sequence[float], *, spatial_dims: int | No
     """
     dims = mask.ndim if spatial_dims is None else spatial_dims
     if not 1 <= dims <= mask.ndim:
-        raise ValueError(f"spatial_dims must be 1 to {mask.ndim} for a mask of shape {tuple(mask.shape)}, got {dims}")
+        raise ValueError(
+            f"spatial_dims must be 1 to {mask.ndim} for a mask of shape {tuple(mask.shape)}, got {dims}"
+        )
     radii = [float(r) for r in np.atleast_1d(np.asarray(radius, dtype=np.float64))]
     if not all(0 <= r < float("inf") for r in radii):
         raise ValueError(f"radius must be finite and not negative, got {radius}")
     if len(radii) > 1:
         if mask.ndim != dims + 1 or len(mask) != len(radii):
             raise ValueError(
-                f"radius has {len(radii)} values for a mask of shape {tuple(mask.shape)} with {dims} spatial axes"
+                f"radius has {len(radii)} values for a mask of shape {tuple(mask.shape)} "
+                f"with {dims} spatial axes"
             )
         grown = mask != 0
         for i, r in enumerate(radii):
@@ -44,11 +48,12 @@ def _grown(inside: Any, radius: float, dims: int) -> Any:
     return (distance <= radius) & any_inside  # without any object there is no distance to it
 
 
-def corruption_radii(count: int, rate: float, max_radius: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def corruption_radii(count: int, rate: float, max_radius: int, seed: int) -> NDArray[np.int64]:
     """The dilation of each of `count` masks in pixels, 0 for those left alone; (count,) int64.
 
-    round(rate * count) masks are drawn without replacement, and for each an integer from 0 to max_radius, both
-    ends included (MCPM, sec. 4.1: "randomly drawn from [0, 6]"); so 1 in max_radius + 1 of them keeps its mask.
+    round(rate * count) masks are drawn without replacement, and for each an integer from 0 to max_radius,
+    both ends included (MCPM, sec. 4.1: "randomly drawn from [0, 6]"); so 1 in max_radius + 1 of them keeps
+    its mask.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"noise rate must be between 0 and 1, got {rate}")
@@ -63,11 +68,11 @@ def corruption_radii(count: int, rate: float, max_radius: int, seed: int) -> np.
 
 def corrupt(
     masks: Any, rate: float, max_radius: int = 6, *, seed: int, spatial_dims: int | None = None
-) -> tuple[Any, np.ndarray[Any, np.dtype[np.int64]]]:
+) -> tuple[Any, NDArray[np.int64]]:
     """Masks loosely enclosing their objects, as MCPM makes its training noise (sec. 4.1, "Dilation").
 
-    masks: (N, *S). Returns the corrupted masks, 0 and 1 in the same shape and dtype, and the radii (N,) in pixels.
-    The paper does not name the structuring element; here it is the Euclidean disk of `dilate`.
+    masks: (N, *S). Returns the corrupted masks, 0 and 1 in the same shape and dtype, and the radii (N,) in
+    pixels. The paper does not name the structuring element; here it is the Euclidean disk of `dilate`.
     """
     radii = corruption_radii(len(masks), rate, max_radius, seed)
     dims = masks.ndim - 1 if spatial_dims is None else spatial_dims
@@ -75,7 +80,7 @@ def corrupt(
 
 
 def dilate_labels(labels: Any, radius: float) -> Any:
-    """`dilate` for a label map (*S) with several classes: each class grows over background only, smaller labels first."""
+    """`dilate` for a label map (*S): each class grows over background only, smaller labels first."""
     if radius == 0:
         return labels
     grown = labels * 1  # a copy, whatever the array's kind

@@ -158,11 +158,7 @@ def test_help_does_not_import_torch():
 
 
 def test_without_the_training_extras():
-    code = (
-        "import sys; sys.modules['typer'] = None\n"
-        "from noisyseg_fast.cli import main\n"
-        "main()"
-    )
+    code = "import sys; sys.modules['typer'] = None\nfrom noisyseg_fast.cli import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == (
@@ -184,12 +180,17 @@ def test_train_errors(data, tmp_path):
         "train", "--method", "mcpm", "--out", out,
         message="unknown method 'mcpm'; choose from ce, dice, nr_dice",
     )  # fmt: skip
-    fails(
-        "train", "--noise-rate", 2, "--out", out, message="noise_rate must be between 0 and 1, got 2.0"
-    )
+    fails("train", "--noise-rate", 2, "--out", out, message="noise_rate must be between 0 and 1, got 2.0")
     fails("train", "--set", "gamma", "--out", out, message="--set must be like gamma=1.3, got 'gamma'")
     fails("train", "--patch", "a", "--out", out, message="--patch must be like 96x96 or 96x96x32, got 'a'")
-    fails("train", "--device", "tpu", "--out", out, message="device must be auto, cpu, cuda or cuda:N, got 'tpu'")
+    fails(
+        "train",
+        "--device",
+        "tpu",
+        "--out",
+        out,
+        message="device must be auto, cpu, cuda or cuda:N, got 'tpu'",
+    )
     assert not out.exists()
 
 

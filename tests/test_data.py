@@ -374,7 +374,9 @@ def test_patch_size():
     assert D.patch_size(D.Shape(1, [(64, 64), (70, 300)]), 16) == (80, 256)
     assert D.patch_size(D.Shape(1, [(128, 128, 10)]), 16) == (64, 64, 16)
     assert D.patch_size(D.Shape(1, [(64, 64)]), 16, (32, 48)) == (32, 48)
-    with pytest.raises(ValueError, match=re.escape("patch must be 2 multiples of 16 (the network's), got (30, 32)")):
+    with pytest.raises(
+        ValueError, match=re.escape("patch must be 2 multiples of 16 (the network's), got (30, 32)")
+    ):
         D.patch_size(D.Shape(1, [(64, 64)]), 16, (30, 32))
     with pytest.raises(ValueError, match="too small"):
         D.patch_size(D.Shape(1, [(12, 12)]), 16)

@@ -7,9 +7,10 @@ scripts/make_sample.py. Needs NumPy only.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 FILE = Path(__file__).parent / "lidc2d_middle.npz"
 
@@ -21,11 +22,11 @@ class Sample(NamedTuple):
     rater k of another need not be the same person: LIDC's readers are anonymous.
     """
 
-    image: np.ndarray[Any, np.dtype[np.uint8]]  # (N, 64, 64)
-    masks: np.ndarray[Any, np.dtype[np.uint8]]  # (N, 4, 64, 64), 0 or 1; a rater who saw nothing there has all 0
-    patient: np.ndarray[Any, np.dtype[np.str_]]  # (N,) for splitting by patient
-    nodule: np.ndarray[Any, np.dtype[np.str_]]  # (N,) unique
-    pixel_mm: np.ndarray[Any, np.dtype[np.float32]]  # (N,) side of a pixel in mm
+    image: NDArray[np.uint8]  # (N, 64, 64)
+    masks: NDArray[np.uint8]  # (N, 4, 64, 64), 0 or 1; all 0 where a rater saw nothing in this slice
+    patient: NDArray[np.str_]  # (N,) for splitting by patient
+    nodule: NDArray[np.str_]  # (N,) unique
+    pixel_mm: NDArray[np.float32]  # (N,) side of a pixel in mm
 
 
 def load() -> Sample:

@@ -2,9 +2,10 @@
 
     from noisyseg_fast.training import Config, train
     result = train(Config(data="sample", method="nr_dice", noise_rate=0.4, out="runs/nr_dice"))
-    print(result.test["dice"])
+    print(result.test.dice)
 
-networks.py, data.py, engine.py, evaluate.py, report.py; methods/ holds one file for each method.
+data.py reads, networks.py and methods/ (one file each) are what is trained, engine.py trains, model.py keeps
+and runs the result, evaluate.py, predict.py and report.py use it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOME = {"Config": "engine", "train": "engine", "Result": "engine", "evaluate": "evaluate", "predict": "evaluate"}
-
-__all__ = ["Config", "Result", "evaluate", "predict", "train"]
+__all__ = ["Config", "Result", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    if name in __all__:  # loaded at first use: it imports torch, MONAI and Lightning
+        return getattr(importlib.import_module(".engine", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

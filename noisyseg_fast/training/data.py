@@ -11,7 +11,8 @@ A folder has the layout of nnU-Net and the Medical Segmentation Decathlon:
 
 A datalist is MONAI's JSON, with paths relative to it:
 
-    {"training": [{"image": "a.nii.gz", "label": ["a_rater0.nii.gz", "a_rater1.nii.gz"], "patient": "p1"}, ...],
+    {"training": [{"image": "a.nii.gz", "label": ["a_rater0.nii.gz", "a_rater1.nii.gz"],
+                   "patient": "p1"}, ...],
      "validation": [...], "test": [...], "labels": {...}}
 
 where "image" may be a list of channels, "label" a list of raters, "patient" and "id" are optional, as are
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -155,8 +157,8 @@ def consensus(labels: Array, classes: int = 2) -> Array:
 
 
 def load(case: Case, classes: int = 2) -> Loaded:
-    """Read a case and check it. DataError for a missing or unreadable file, a mask whose shape or affine differs
-    from its image's, intensities that are not finite, labels out of range."""
+    """Read a case and check it. DataError for a missing or unreadable file, a mask whose shape or affine
+    differs from its image's, intensities that are not finite, labels out of range."""
     image, spacing, first, raw = _load_image(case)
     if isinstance(case.labels, tuple):
         if not case.labels:
@@ -177,10 +179,10 @@ def load_image(case: Case) -> tuple[Array, tuple[float, ...]]:
 def zscore(image: Array) -> Array:
     """(channels, *S) with mean 0 and standard deviation 1 in each channel; a constant channel becomes 0."""
     axes = tuple(range(1, image.ndim))
-    image = image.astype(np.float32)
     mean = image.mean(axes, keepdims=True, dtype=np.float64)
     deviation = image.std(axes, keepdims=True, dtype=np.float64)
-    return ((image - mean) / np.maximum(deviation, 1e-8)).astype(np.float32)
+    scaled: Array = (image.astype(np.float32) - mean.astype(np.float32)) / np.maximum(deviation, 1e-8)
+    return scaled.astype(np.float32)
 
 
 def _load_image(case: Case) -> tuple[Array, tuple[float, ...], Path, Raw | None]:
@@ -197,7 +199,9 @@ def _load_image(case: Case) -> tuple[Array, tuple[float, ...], Path, Raw | None]
             raise DataError(f"{path}: intensities must be real numbers, not {values.dtype}")
         bad = int(np.size(values) - np.isfinite(values).sum())
         if bad:
-            raise DataError(f"{path}: {bad} of {values.size} intensities are not finite; replace NaN and infinity")
+            raise DataError(
+                f"{path}: {bad} of {values.size} intensities are not finite; replace NaN and infinity"
+            )
     rgb = raw.array.ndim == 3 and raw.affine is None
     image = np.concatenate([r.array if rgb else r.array[None] for r in raws])
     dims = image.ndim - 1
@@ -214,13 +218,18 @@ def _load_mask(path: Path, image_path: Path, image: Raw | None, classes: int) ->
     values = raw.array
     if values.dtype.kind not in "buif" or not np.array_equal(values, np.floor(values)):
         raise DataError(f"{path}: labels must be whole numbers")
-    if raw.affine is None and classes == 2 and values.max(initial=0) == 255 and np.isin(values, (0, 255)).all():
+    if (
+        raw.affine is None
+        and classes == 2
+        and values.max(initial=0) == 255
+        and np.isin(values, (0, 255)).all()
+    ):
         values = values // 255
     for extreme in (values.min(initial=0), values.max(initial=0)):
         if not 0 <= extreme < classes:
             raise DataError(
-                f'{path}: label {int(extreme)} is out of range 0..{classes - 1}; name the classes in "labels" of '
-                "dataset.json or the datalist"
+                f"{path}: label {int(extreme)} is out of range 0..{classes - 1}; "
+                'name the classes in "labels" of dataset.json or the datalist'
             )
     return values.astype(np.uint8)
 
@@ -234,8 +243,8 @@ def _check_geometry(path: Path, raw: Raw, image_path: Path, image: Raw) -> None:
         return
     if not np.allclose(raw.affine, image.affine, rtol=1e-4, atol=1e-3):
         raise DataError(
-            f"{path}: affine {_rows(raw.affine)} differs from {_rows(image.affine)} of its image {image_path}; "
-            "resample the mask onto the image"
+            f"{path}: affine {_rows(raw.affine)} differs from {_rows(image.affine)} "
+            f"of its image {image_path}; resample the mask onto the image"
         )
 
 
@@ -276,7 +285,9 @@ def open_data(source: str | Path, *, validation: float = 0.1, test: float = 0.2,
         if not 0 < share < 1:
             raise ValueError(f"{name} must be a share between 0 and 1, got {share}")
     if validation + test >= 1:
-        raise ValueError(f"validation and test together must leave some training data, got {validation} + {test}")
+        raise ValueError(
+            f"validation and test together must leave some training data, got {validation} + {test}"
+        )
     if str(source) == "sample":
         data = _sample()
     else:
@@ -360,7 +371,9 @@ def _folder_cases(images: Path, labels: Path, patients: Mapping[str, str]) -> li
         channel = re.fullmatch(r"(.+)_\d{4}", stem(path))
         name = channel[1] if channel and stem(path) not in masks else stem(path)
         if name not in masks:
-            raise DataError(f"{path}: has no label {name} in {labels} (as {name}.nii.gz or {name}_rater0.nii.gz, ...)")
+            raise DataError(
+                f"{path}: has no label {name} in {labels} (as {name}.nii.gz or {name}_rater0.nii.gz, ...)"
+            )
         channels.setdefault(name, []).append(path)
     for name, paths in masks.items():
         if name not in channels:
@@ -375,7 +388,9 @@ def _folder_cases(images: Path, labels: Path, patients: Mapping[str, str]) -> li
 
 def files(folder: Path) -> list[Path]:
     """The image files in a folder, sorted by name."""
-    return sorted(p for p in folder.iterdir() if p.name.lower().endswith(SUFFIXES) and not p.name.startswith("."))
+    return sorted(
+        p for p in folder.iterdir() if p.name.lower().endswith(SUFFIXES) and not p.name.startswith(".")
+    )
 
 
 def _patients(path: Path) -> dict[str, str]:
@@ -384,7 +399,9 @@ def _patients(path: Path) -> dict[str, str]:
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if not {"case", "patient"} <= set(reader.fieldnames or ()):
-            raise DataError(f"{path}: needs the columns case,patient, has {','.join(reader.fieldnames or ())}")
+            raise DataError(
+                f"{path}: needs the columns case,patient, has {','.join(reader.fieldnames or ())}"
+            )
         return {row["case"]: row["patient"] for row in reader}
 
 
@@ -406,7 +423,9 @@ def _classes(content: Mapping[str, Any], path: Path) -> int:
     try:
         values = [int(k) if isinstance(v, str) else int(v) for k, v in labels.items()]
     except (AttributeError, TypeError, ValueError):
-        raise DataError(f'{path}: "labels" must be like {{"background": 0, "lesion": 1}}, got {labels}') from None
+        raise DataError(
+            f'{path}: "labels" must be like {{"background": 0, "lesion": 1}}, got {labels}'
+        ) from None
     if sorted(values) != list(range(len(values))) or not 2 <= len(values) <= 255:
         raise DataError(f'{path}: the values of "labels" must be 0, 1, 2, ..., got {values}')
     return len(values)
@@ -524,8 +543,9 @@ def check(data: Data, store: Store, seen: Callable[[], None] = lambda: None) -> 
 def patch_size(shape: Shape, divisor: int, wanted: Sequence[int] | None = None) -> tuple[int, ...]:
     """The size of the training patches and of the window at inference.
 
-    wanted: one value for each axis, a multiple of divisor. Without it: the whole image where all are alike, fit the
-    network and have at most 512^2 pixels or 96^3 voxels; else 256^2 or 64^3, less where the images are smaller.
+    wanted: one value for each axis, a multiple of divisor. Without it: the whole image where all are alike,
+    fit the network and have at most 512^2 pixels or 96^3 voxels; else 256^2 or 64^3, less where the images
+    are smaller.
     """
     dims = shape.spatial_dims
     if wanted is not None:
@@ -538,13 +558,15 @@ def patch_size(shape: Shape, divisor: int, wanted: Sequence[int] | None = None) 
         usual = 256 if dims == 2 else 64
         longest = [max(size[axis] for size in shape.sizes) for axis in range(dims)]
         patch = tuple(min(usual, -(-n // divisor) * divisor) for n in longest)
-    if np.prod(patch) <= divisor**dims:
-        raise ValueError(f"patch {patch} is too small for a network that halves {divisor} to 1; enlarge one side")
+    if math.prod(patch) <= divisor**dims:
+        raise ValueError(
+            f"patch {patch} is too small for a network that halves {divisor} to 1; enlarge one side"
+        )
     return patch
 
 
 def _fits(size: tuple[int, ...], divisor: int) -> bool:
-    return all(n % divisor == 0 for n in size) and np.prod(size) <= (512**2 if len(size) == 2 else 96**3)
+    return all(n % divisor == 0 for n in size) and math.prod(size) <= (512**2 if len(size) == 2 else 96**3)
 
 
 # ---- training set ---------------------------------------------------------------------------------
@@ -577,7 +599,7 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.cases)
 
     def label(self, index: int) -> Array:
-        """The label trained on: the consensus, dilated where the case was drawn for corruption; (*S) uint8."""
+        """(*S) uint8: the consensus, dilated where the case was drawn for corruption."""
         if not self.radii[index]:
             return self.store.get(self.cases[index]).target
         label = self._corrupted.get(index)
@@ -600,7 +622,7 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def _random_patch(patch: tuple[int, ...]) -> Any:
-    """MONAI's crop around a foreground or a background pixel (even odds), padded where the image is smaller."""
+    """MONAI's crop around a foreground or a background pixel (even odds), padded where too small."""
     from monai import transforms
 
     keys = ("image", "label")
@@ -619,10 +641,11 @@ def _crop(transform: Any, image: Array, label: Array, seed: int) -> tuple[Array,
 
 
 def _turn(image: Array, label: Array, generator: np.random.Generator) -> tuple[Array, Array]:
-    """Random flips of every axis, and quarter turns in the plane of the first two where they are equally long.
+    """Random flips of every axis, and quarter turns of the first two where they are equally long.
 
-    Not MONAI's, whose dictionary transforms take 3 ms for what takes NumPy 30 us on a 64x64 patch: more than the
-    training step of a small network.
+
+    Not MONAI's, whose dictionary transforms take 3 ms for what takes NumPy 30 us on a 64x64 patch: more than
+    the training step of a small network.
     """
     axes = tuple(1 + int(a) for a in np.flatnonzero(generator.random(image.ndim - 1) < 0.5))
     turns = int(generator.integers(4)) if image.shape[1] == image.shape[2] else 0

@@ -18,9 +18,12 @@ from .files import write_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-# The network and the number of epochs are the largest that train in a minute on two CPU cores. The noise is MCPM's
-# (dilation by 0-6 pixels), at the largest rate of its Table 2, so that its cost shows on a small test set.
-SETTINGS = Config(data="sample", network="unet", width=8, epochs=40, batch_size=16, lr=1e-3, seed=0, device="cpu")
+# The network and the number of epochs are the largest that train in a minute on two CPU cores. The noise is
+# MCPM's (dilation by 0-6 pixels), at the largest rate of its Table 2, so that its cost shows on a small test
+# set.
+SETTINGS = Config(
+    data="sample", network="unet", width=8, epochs=40, batch_size=16, lr=1e-3, seed=0, device="cpu"
+)
 NOISE_RATE = 0.8
 COLUMNS = ("training", "dice", "iou", "hd95", "without_hd95")
 
@@ -58,7 +61,8 @@ def train_arms(out: Path, *, quick: bool = False, console: Console | None = None
 
 
 def _picture_ids(settings: Config) -> list[str]:
-    """Four test cases evenly spread, and the first two training cases whose labels are dilated by 3 pixels or more."""
+    """Four test cases evenly spread, and the first two training cases whose labels are dilated by 3 pixels or
+    more."""
     data = open_data(settings.data, validation=settings.validation, test=settings.test, seed=settings.seed)
     radii = noise.corruption_radii(len(data.training), NOISE_RATE, settings.noise_radius, settings.seed)
     return [*spread(data.test, 4), *(data.training[i].id for i in np.flatnonzero(radii >= 3)[:2])]
@@ -82,7 +86,11 @@ def verdict(results: dict[str, Result]) -> str:
     """What the noise cost and what came back, whatever it is."""
     clean, noisy, robust = (results[arm.name].test.dice for arm in ARMS)
     cost, back = clean - noisy, robust - noisy
-    text = f"Noise took {cost:.3f} Dice from cross-entropy" if cost > 0 else f"Noise cost nothing here ({-cost:+.3f} Dice)"
+    text = (
+        f"Noise took {cost:.3f} Dice from cross-entropy"
+        if cost > 0
+        else f"Noise cost nothing here ({-cost:+.3f} Dice)"
+    )
     if back <= 0:
         return f"{text}; NR-Dice won nothing back ({back:+.3f}). One seed, one small test set."
     share = f" ({back / cost:.0%} of it)" if cost > 0 else ""
@@ -104,8 +112,12 @@ def write(out: Path, results: dict[str, Result], tables: Sequence[Any] = ()) -> 
         tables=tables,
         notes=[
             verdict(results),
-            f"Noise: labels of {NOISE_RATE:.0%} of the training images dilated by 0 to {SETTINGS.noise_radius} pixels "
-            "(MCPM, MICCAI 2020, sec. 4.1). Reference: pixels that at least two of the four raters outlined.",
-            *(f"{name}: {r.test.sentence(r.unit)}; best epoch {r.best_epoch}." for name, r in results.items()),
+            f"Noise: labels of {NOISE_RATE:.0%} of the training images dilated by 0 to "
+            f"{SETTINGS.noise_radius} pixels (MCPM, MICCAI 2020, sec. 4.1).",
+            "Reference: the pixels that at least two of the four raters outlined.",
+            *(
+                f"{name}: {r.test.sentence(r.unit)}; best epoch {r.best_epoch}."
+                for name, r in results.items()
+            ),
         ],
     )

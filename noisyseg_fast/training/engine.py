@@ -126,9 +126,10 @@ def train(
 ) -> Result:
     """Train, keep the weights with the best validation Dice, and test those.
 
-    resume: go on from config.out/last.pt; the parameters come out as if the run had never stopped (bit for bit on
-    one CPU with the same threads). console: where progress bars go, None for none. picture_ids: the cases whose
-    pictures are kept; by default some test cases and two with corrupted labels. report: write report.html.
+    resume: go on from config.out/last.pt; the parameters come out as if the run had never stopped (bit for
+    bit on one CPU with the same threads). console: where progress bars go, None for none. picture_ids: the
+    cases whose pictures are kept; by default some test cases and two with corrupted labels. report: write
+    report.html.
 
     Raises ValueError (DataError) for bad settings or data before anything is written, FileExistsError when
     config.out holds a run already, FloatingPointError when the loss is not finite.
@@ -136,7 +137,9 @@ def train(
     config.check()
     out = Path(config.out)
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is not empty; choose another folder (--out) or resume the run in it (--resume)")
+        raise FileExistsError(
+            f"{out} is not empty; choose another folder (--out) or resume the run in it (--resume)"
+        )
     data = open_data(config.data, validation=config.validation, test=config.test, seed=config.seed)
     store = Store(data.classes)
     with progress(console) as bars:
@@ -189,7 +192,8 @@ def merge_pictures(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict
     for name, pictures in runs.items():
         for picture in pictures:
             entry = merged.setdefault(
-                picture["id"], {k: picture[k] for k in ("id", "image", "clean", "noisy")} | {"predictions": {}}
+                picture["id"],
+                {k: picture[k] for k in ("id", "image", "clean", "noisy")} | {"predictions": {}},
             )
             if entry["noisy"] is None:
                 entry["noisy"] = picture["noisy"]
@@ -272,7 +276,9 @@ class _Loop:
             raise ValueError(f"{path}: was trained with another model than {self.spec}")
         before = json.loads((self.out / "split.json").read_text(encoding="utf-8"))
         if before != self.split():
-            raise ValueError(f"{self.config.data}: its cases are no longer those of {self.out / 'split.json'}")
+            raise ValueError(
+                f"{self.config.data}: its cases are no longer those of {self.out / 'split.json'}"
+            )
         if state["epoch"] > self.config.epochs:
             raise ValueError(f"epochs must be at least {state['epoch']}, which are done already")
         self.method.load_state_dict(state["method"])
@@ -289,7 +295,7 @@ class _Loop:
         batches = -(-len(self.training) // self.config.batch_size)
         task = bars.add_task(self.config.method, total=self.config.epochs * batches, note="")
         bars.update(task, completed=self.epoch * batches)
-        log: Any = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch)  # type: ignore[no-untyped-call]
+        log: Any = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch)
         try:
             while self.epoch < self.config.epochs:
                 self._epoch(bars, task, log)
@@ -317,7 +323,9 @@ class _Loop:
             bars.advance(task)
         means = {name: float(value) / batches for name, value in total.items()}
         if not math.isfinite(means["loss"]):
-            raise FloatingPointError(f"the training loss of epoch {epoch} is {means['loss']}; try a smaller lr")
+            raise FloatingPointError(
+                f"the training loss of epoch {epoch} is {means['loss']}; try a smaller lr"
+            )
         self.module.eval()
         val = evaluate.summarize(self._scores(self.data.validation))
         row = {
@@ -338,7 +346,12 @@ class _Loop:
         # The history travels in last.pt, so metrics.csv can always be made whole after a crash.
         self.save_last()
         write_csv(self.out / "metrics.csv", COLUMNS, self.history)
-        for name, number in (("val/dice", val.dice), ("val/iou", val.iou), ("val/hd95", val.hd95), ("lr", rate)):
+        for name, number in (
+            ("val/dice", val.dice),
+            ("val/iou", val.iou),
+            ("val/hd95", val.hd95),
+            ("lr", rate),
+        ):
             log.add_scalar(name, number, epoch)
         for name, number in means.items():
             log.add_scalar(f"train/{name}", number, epoch)
@@ -355,7 +368,8 @@ class _Loop:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.config.seed + epoch),
         )
-        yield from self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+        moved: Any = self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+        yield from moved
 
     def _scores(self, cases: Sequence[Case]) -> list[evaluate.Score]:
         return evaluate.evaluate(
@@ -369,7 +383,13 @@ class _Loop:
         data, patch = self.data, self.spec.patch
         task = bars.add_task("testing", total=len(data.test), note="")
         scores = evaluate.evaluate(
-            method, data.test, self.store, patch, self.device, self.config.batch_size, lambda: bars.advance(task)
+            method,
+            data.test,
+            self.store,
+            patch,
+            self.device,
+            self.config.batch_size,
+            lambda: bars.advance(task),
         )
         summary = evaluate.summarize(scores)
         evaluate.write_scores(self.out / "test.csv", scores)

@@ -34,21 +34,24 @@ class Score(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Means over cases and labels. HD95 is averaged where it is finite; the rest are counted, not dropped silently.
+    """Means over cases and labels; HD95 where it is finite, and how often it is not.
 
-    dice and iou count an empty prediction of a non-empty reference as 0 and leave out pairs where both are empty.
+    dice and iou count an empty prediction of a non-empty reference as 0 and leave out pairs where both are
+    empty.
     """
 
     dice: float
     iou: float
     hd95: float
-    count: int  # of scores
+    masks: int  # compared, that is cases times labels
     empty_predictions: int  # prediction empty, reference not: HD95 infinite
     empty_references: int  # reference empty, prediction not: HD95 infinite
     both_empty: int  # nothing to compare
 
     def sentence(self, unit: str) -> str:
-        text = f"Dice {self.dice:.4f}, IoU {self.iou:.4f}, HD95 {self.hd95:.2f} {unit} over {self.count} masks"
+        text = (
+            f"Dice {self.dice:.4f}, IoU {self.iou:.4f}, HD95 {self.hd95:.2f} {unit} over {self.masks} masks"
+        )
         notes = [
             f"{n} {what}"
             for n, what in (
@@ -61,7 +64,9 @@ class Summary(NamedTuple):
         return text + (f" (without a finite HD95: {', '.join(notes)})" if notes else "")
 
 
-def score(case: str, prediction: Array, target: Array, spacing: Sequence[float], classes: int = 2) -> list[Score]:
+def score(
+    case: str, prediction: Array, target: Array, spacing: Sequence[float], classes: int = 2
+) -> list[Score]:
     """The scores of one case, one for each foreground label. prediction, target: (*S) uint8."""
     scores = []
     for label in range(1, classes):
@@ -76,7 +81,9 @@ def score(case: str, prediction: Array, target: Array, spacing: Sequence[float],
         overlap = metrics.overlap_metrics(p, t)
         surface = metrics.surface_metrics(p, t, tuple(spacing), definition="monai", percentile=95)
         scores.append(
-            Score(case, label, float(overlap.dice), float(overlap.jaccard), float(surface.hd_percentile), empty)
+            Score(
+                case, label, float(overlap.dice), float(overlap.jaccard), float(surface.hd_percentile), empty
+            )
         )
     return scores
 
@@ -116,7 +123,9 @@ def predict_cases(
     def flush() -> Iterator[tuple[Case, Loaded, Array]]:
         if batch:
             images = torch.from_numpy(np.stack([loaded.image for _, loaded in batch])).to(device)
-            for (case, loaded), mask in zip(batch, infer(predictor, images, patch).cpu().numpy(), strict=True):
+            for (case, loaded), mask in zip(
+                batch, infer(predictor, images, patch).cpu().numpy(), strict=True
+            ):
                 yield case, loaded, mask
             batch.clear()
 
@@ -154,8 +163,10 @@ def pictures(
     ids: Sequence[str],
     noisy: Callable[[Case], Array | None],
 ) -> list[dict[str, Any]]:
-    """For the report: id, image, clean, noisy and prediction of the named cases, of volumes the slice (along the last
-    axis) that shows most of the consensus."""
+    """For the report: id, image, clean, noisy and prediction of the named cases, each (H, W) or None.
+
+    Of volumes it is the slice along the last axis that shows most of the consensus.
+    """
     cases = [case for case in data.split("all") if case.id in set(ids)]
     result = []
     for case, loaded, mask in predict_cases(predictor, cases, store, patch, device, 1):
@@ -166,5 +177,7 @@ def pictures(
             # Of a volume, x runs right and y down.
             planes = [None if a is None else a[..., k].T for a in planes]
         image, clean, prediction, noise = planes
-        result.append({"id": case.id, "image": image, "clean": clean, "noisy": noise, "prediction": prediction})
+        result.append(
+            {"id": case.id, "image": image, "clean": clean, "noisy": noise, "prediction": prediction}
+        )
     return result

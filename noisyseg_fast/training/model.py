@@ -74,8 +74,8 @@ def spec_dict(spec: ModelSpec) -> dict[str, Any]:
 
 
 def infer(predictor: Callable[[Tensor], Tensor], image: Tensor, patch: tuple[int, ...]) -> Tensor:
-    """Label maps (B, *S) uint8 of images (B, channels, *S): in one piece if they have the patch's size, else by
-    windows of that size that overlap by half (MONAI, Gaussian weights)."""
+    """Label maps (B, *S) uint8 of images (B, channels, *S): in one piece if they have the patch's size, else
+    by windows of that size that overlap by half (MONAI, Gaussian weights)."""
     from monai.inferers import sliding_window_inference
 
     with torch.no_grad():
@@ -89,7 +89,7 @@ def infer(predictor: Callable[[Tensor], Tensor], image: Tensor, patch: tuple[int
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" (CUDA if there is any), "cpu", "cuda" or "cuda:1". ValueError for another name or a device not there."""
+    """The device of that name: auto (CUDA if there is any), cpu, cuda or cuda:1. ValueError if it is not there."""
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -99,5 +99,7 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
+        raise ValueError(
+            f"device {name} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
+        )
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device

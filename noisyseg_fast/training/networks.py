@@ -23,14 +23,16 @@ def _unet(dims: int, inputs: int, outputs: int, width: int) -> nn.Module:
     from monai.networks.nets import UNet
 
     channels = [width << level for level in range(5)]
-    return UNet(dims, inputs, outputs, channels=channels, strides=(2, 2, 2, 2), num_res_units=2)
+    network: nn.Module = UNet(dims, inputs, outputs, channels=channels, strides=(2, 2, 2, 2), num_res_units=2)
+    return network
 
 
 def _basicunet(dims: int, inputs: int, outputs: int, width: int) -> nn.Module:
     from monai.networks.nets import BasicUNet
 
     features = (width, width, 2 * width, 4 * width, 8 * width, width)
-    return BasicUNet(dims, inputs, outputs, features=features)
+    network: nn.Module = BasicUNet(dims, inputs, outputs, features=features)
+    return network
 
 
 def _segresnet(dims: int, inputs: int, outputs: int, width: int) -> nn.Module:
@@ -38,7 +40,8 @@ def _segresnet(dims: int, inputs: int, outputs: int, width: int) -> nn.Module:
 
     if width % 8:
         raise ValueError(f"width must be a multiple of 8 for network segresnet (group norm), got {width}")
-    return SegResNet(dims, init_filters=width, in_channels=inputs, out_channels=outputs)
+    network: nn.Module = SegResNet(dims, init_filters=width, in_channels=inputs, out_channels=outputs)
+    return network
 
 
 NETWORKS: dict[str, Network] = {
@@ -57,7 +60,8 @@ def get(name: str) -> Network:
 
 
 def build(name: str, spatial_dims: int, in_channels: int, out_channels: int, width: int = 16) -> nn.Module:
-    """A fresh network: (B, in_channels, *S) -> logits (B, out_channels, *S), S multiples of `get(name).divisor`."""
+    """A fresh network: (B, in_channels, *S) -> logits (B, out_channels, *S), S multiples of
+    `get(name).divisor`."""
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
     return get(name).build(spatial_dims, in_channels, out_channels, width)

@@ -26,8 +26,9 @@ class Job:
 
 
 def jobs(inputs: Sequence[Path], out: Path, channels: int) -> list[Job]:
-    """What there is to predict. inputs: files, or folders of them; <case>_0000, _0001, ... are channels of one case
-    for a model of several channels. The mask of <case>[_0000].<suffix> is out/<case>.png for PNG, else .nii.gz.
+    """What there is to predict. inputs: files, or folders of them; <case>_0000, _0001, ... are channels of
+    one case for a model of several channels. The mask of <case>[_0000].<suffix> is out/<case>.png for PNG,
+    else .nii.gz.
 
     DataError for inputs that are missing, empty or would write the same mask twice or over their own image.
     """
@@ -48,7 +49,8 @@ def jobs(inputs: Sequence[Path], out: Path, channels: int) -> list[Job]:
         name = stem(path)
         base = re.sub(r"_\d{4}$" if channels > 1 else r"_0000$", "", name)
         groups.setdefault((path.parent, base), []).append(path)
-    result, sources = [], {}
+    result: list[Job] = []
+    sources: dict[Path, Path] = {}
     for (_, name), group in groups.items():
         target = out / (name + (".png" if suffix(group[0]) == ".png" else ".nii.gz"))
         if target in sources:
@@ -61,14 +63,14 @@ def jobs(inputs: Sequence[Path], out: Path, channels: int) -> list[Job]:
 
 
 def check(todo: Sequence[Job], spec: ModelSpec, seen: Callable[[], None] = lambda: None) -> None:
-    """Read every image once, so that nothing is written when one of them is bad; DataError as in data.load."""
+    """Read every image once, so that nothing is written when one is bad; DataError as in data.load."""
     for job in todo:
         image, _ = load_image(job.case)
         files_of = job.case.image
         if image.shape[0] != spec.channels or image.ndim - 1 != spec.spatial_dims:
             raise DataError(
-                f"{files_of[0]}: has {image.shape[0]} channel(s) and {image.ndim - 1} spatial axes; the model takes "
-                f"{spec.channels} and {spec.spatial_dims}"
+                f"{files_of[0]}: has {image.shape[0]} channel(s) and {image.ndim - 1} spatial axes; "
+                f"the model takes {spec.channels} and {spec.spatial_dims}"
             )
         seen()
 
@@ -80,8 +82,8 @@ def predict(
     device: torch.device,
     seen: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the mask of every job, uint8: class indices with the image's affine and shape in NIfTI; in PNG 0 and 255
-    for two classes, else class indices. Each file appears whole or not at all."""
+    """Write the mask of every job, uint8: class indices with the image's affine and shape in NIfTI; in PNG 0
+    and 255 for two classes, else class indices. Each file appears whole or not at all."""
     for job in todo:
         image, _ = load_image(job.case)
         mask = infer(method, torch.from_numpy(image)[None].to(device), spec.patch)[0].cpu().numpy()

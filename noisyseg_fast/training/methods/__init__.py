@@ -1,8 +1,8 @@
 """Training methods, one short file each; importing this package registers them.
 
 A method's file holds its configuration, a dataclass whose defaults are the paper's, each with its source, and
-a Method: the networks it trains and `training_step(batch, step) -> losses`. It knows nothing of devices, files
-or loops; engine.py knows nothing of methods.
+a Method: the networks it trains and `training_step(batch, step) -> losses`. It knows nothing of devices,
+files or loops; engine.py knows nothing of methods.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Method(nn.Module):
     Config: ClassVar[type]
 
     def __init__(self, config: Any, make_network: MakeNetwork, channels: int) -> None:
-        """make_network builds the user's network; channels: its outputs, 1 for two classes (sigmoid), else softmax."""
+        """make_network builds the user's network; channels: its outputs, 1 (sigmoid) for two classes."""
         super().__init__()
         self.config = config
         self.activation = "sigmoid" if channels == 1 else "softmax"
