@@ -45,3 +45,24 @@ Isa isa();  // the best one this CPU runs, or what NOISYSEG_ISA in the environme
 #else
 #define NOISYSEG_DISPATCH(Return, name, params, args)
 #endif
+
+// NOISYSEG_API(Return, name, params, args): the dispatch above and the public function noisyseg::name,
+// which runs it, or noisyseg::cuda::name, by its last parameter `exec`.
+#ifdef NOISYSEG_ISA_BASELINE
+#ifdef NOISYSEG_WITH_CUDA
+#define NOISYSEG_CALL_CUDA(call) return call
+#else
+#define NOISYSEG_CALL_CUDA(call) throw std::runtime_error("noisyseg was built without CUDA")
+#endif
+#define NOISYSEG_API(Return, name, params, args)      \
+  NOISYSEG_DISPATCH(Return, name, params, args)       \
+  namespace noisyseg {                                \
+  namespace cuda { Return name params; }              \
+  Return name params {                                \
+    if (exec.device < 0) return cpu::name args;       \
+    NOISYSEG_CALL_CUDA(cuda::name args);              \
+  }                                                   \
+  }
+#else
+#define NOISYSEG_API(Return, name, params, args)
+#endif

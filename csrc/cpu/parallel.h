@@ -1,0 +1,24 @@
+// Threads for the CPU kernels.
+#pragma once
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "cpu/isa.h"
+
+namespace noisyseg::NOISYSEG_ISA {
+namespace {
+
+// How many threads `work` elementary steps deserve: below about 32,000 a wake-up costs more than it saves.
+inline int threads_for(const Exec& exec, int64_t work) {
+#ifdef _OPENMP
+  const int available = exec.threads > 0 ? exec.threads : omp_get_max_threads();
+  return work < 32768 ? 1 : available;
+#else
+  (void)exec, (void)work;
+  return 1;
+#endif
+}
+
+}  // namespace
+}  // namespace noisyseg::NOISYSEG_ISA
