@@ -184,7 +184,11 @@ def train(
                     f"--{name.replace('_', '-')} cannot be changed"
                 )
         config = dataclasses.replace(engine.read_config(resume), **given)
-    result = engine.train(config, resume=resume is not None, console=out)
+    try:
+        result = engine.train(config, resume=resume is not None, console=out)
+    except KeyboardInterrupt:
+        print(f"noisyseg: interrupted; noisyseg train --resume {config.out} goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
     out.print(f"test: {result.test.sentence(result.unit)}", highlight=False)
     _say("checkpoint", result.out / "best.pt")
     _say("report", result.out / "report.html")

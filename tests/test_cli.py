@@ -166,6 +166,18 @@ def test_without_the_training_extras():
     )
 
 
+def test_interrupted_run_says_how_to_go_on(data, tmp_path, monkeypatch):
+    from noisyseg_fast.training import engine
+
+    def stop(config, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "train", stop)
+    result = run("train", "--data", data, "--out", tmp_path / "run")
+    assert result.exit_code == 130
+    assert result.stderr == f"noisyseg: interrupted; noisyseg train --resume {tmp_path / 'run'} goes on\n"
+
+
 # ---- bad input ------------------------------------------------------------------------------------
 
 

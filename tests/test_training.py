@@ -152,6 +152,11 @@ def test_a_file_is_whole_or_as_before(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
 
 
+def test_json_has_null_for_what_is_not_finite(tmp_path):
+    files.write_json(tmp_path / "a.json", {"a": [1.5, math.nan], "b": (math.inf, "x")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1.5, None], "b": [None, "x"]}
+
+
 # ---- runs -----------------------------------------------------------------------------------------
 
 

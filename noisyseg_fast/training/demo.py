@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from .. import noise
 from .data import open_data
 from .engine import Config, Result, merge_pictures, spread, train
-from .files import write_text
+from .files import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,7 +102,7 @@ def write(out: Path, results: dict[str, Result], tables: Sequence[Any] = ()) -> 
 
     runs = {name: asdict(result.config) for name, result in results.items()}
     content = {"test": table(results), "verdict": verdict(results), "settings": runs}
-    write_text(out / "results.json", json.dumps(content, indent=2) + "\n")
+    write_json(out / "results.json", content)
     write_report(
         out / "report.html",
         title="noisyseg demo: lung nodules, four raters",

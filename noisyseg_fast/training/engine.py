@@ -32,7 +32,7 @@ from .. import __version__
 from . import evaluate, methods, networks
 from .data import Array, Case, Data, Store, TrainingSet, check, open_data, patch_size
 from .evaluate import Summary
-from .files import write_csv, write_text, written
+from .files import write_csv, write_json, written
 from .model import FORMAT, ModelSpec, load_model, pick_device, read_checkpoint, spec_dict
 
 if TYPE_CHECKING:
@@ -240,8 +240,8 @@ class _Loop:
             "model": spec_dict(self.spec),
             "versions": {"noisyseg-fast": __version__, "torch": torch.__version__},
         }
-        write_text(self.out / "config.json", json.dumps(content, indent=2) + "\n")
-        write_text(self.out / "split.json", json.dumps(self.split(), indent=1) + "\n")
+        write_json(self.out / "config.json", content)
+        write_json(self.out / "split.json", self.split())
 
     def save(self, name: str, **more: Any) -> None:
         content = {
@@ -394,7 +394,7 @@ class _Loop:
         summary = evaluate.summarize(scores)
         evaluate.write_scores(self.out / "test.csv", scores)
         content = {"best_epoch": self.best_epoch, "unit": data.unit, "test": summary._asdict()}
-        write_text(self.out / "summary.json", json.dumps(content, indent=2) + "\n")
+        write_json(self.out / "summary.json", content)
         index = {case.id: i for i, case in enumerate(data.training)}
 
         def noisy(case: Case) -> Array | None:

@@ -89,7 +89,7 @@ def infer(predictor: Callable[[Tensor], Tensor], image: Tensor, patch: tuple[int
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name: auto (CUDA if there is any), cpu, cuda or cuda:1. ValueError if it is not there."""
+    """The device named auto (CUDA if there is any), cpu, cuda or cuda:1; ValueError if it is not there."""
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
