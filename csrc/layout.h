@@ -2,6 +2,7 @@
 // one behind the other in every array are merged, so that contiguous and channels_last arrays alike
 // become one long row, and any other strides still work without a copy.
 #pragma once
+#include "formulas/host_device.h"
 #include "noisyseg/array.h"
 
 namespace noisyseg {
@@ -11,22 +12,22 @@ struct Plane {
   DType dtype = DType::f32;
   int64_t batch = 0, channel = 0;
   int64_t step[3] = {};  // strides of the three pixel axes
-  explicit operator bool() const { return data != nullptr; }
+  NOISYSEG_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
 };
 
 struct Layout {
   int64_t batch = 0, channels = 0;
   int64_t extent[3] = {1, 1, 1};
-  int64_t pixels() const { return extent[0] * extent[1] * extent[2]; }
+  NOISYSEG_HOST_DEVICE int64_t pixels() const { return extent[0] * extent[1] * extent[2]; }
 };
 
-// At most five arrays. planes[i] receives arrays[i]; arrays of rank one less than the first have no channel axis.
+// At most six arrays. planes[i] receives arrays[i]; arrays of rank one less than the first have no channel axis.
 static inline Layout make_layout(const Array* arrays, Plane* planes, int count) {
   const Array& first = arrays[0];
   Layout layout;
   layout.batch = first.shape[0];
   layout.channels = first.shape[1];
-  int64_t extent[Array::max_rank], step[5][Array::max_rank];
+  int64_t extent[Array::max_rank], step[6][Array::max_rank];
   int axes = 0;
   for (int axis = 2; axis < first.rank; ++axis) {
     if (first.shape[axis] == 1) continue;

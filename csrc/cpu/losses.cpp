@@ -118,17 +118,18 @@ T* destination(const Plane& plane, const Layout& layout, int64_t base, int64_t q
 
 struct Planes {
   Plane logits, target, weight, mask, other;  // other: the gradient or the loss map
+  Plane map;                                  // the gradient with respect to the loss map
   bool labels;                                // target holds class numbers
   Layout layout;
 };
 
 Planes make_planes(const Array& logits, const Array& target, const Array& weight, const Array& mask,
-                   const Array& other) {
+                   const Array& other, const Array& map) {
   Planes p;
-  const Array arrays[5] = {logits, target, weight, mask, other};
-  Plane planes[5];
-  p.layout = make_layout(arrays, planes, 5);
-  p.logits = planes[0], p.target = planes[1], p.weight = planes[2], p.mask = planes[3], p.other = planes[4];
+  const Array arrays[6] = {logits, target, weight, mask, other, map};
+  Plane planes[6];
+  p.layout = make_layout(arrays, planes, 6);
+  p.logits = planes[0], p.target = planes[1], p.weight = planes[2], p.mask = planes[3], p.other = planes[4], p.map = planes[5];
   p.labels = target.rank == logits.rank - 1;
   if (p.layout.channels > max_channels) throw std::invalid_argument("logits has more than 1024 channels");
   return p;
@@ -140,12 +141,12 @@ class Target {
  public:
   Target(const Planes& planes, int64_t b) : planes_(planes), base_(b * planes.target.batch) {}
 
-  // Returns whether all labels are in range.
-  bool begin(int64_t q, int n) {
+  // Returns whether all labels of pixels with a weight are in range.
+  bool begin(int64_t q, int n, const T* w) {
     q_ = q, n_ = n;
     if (!planes_.labels) return true;
     const int classes = planes_.layout.channels == 1 ? 2 : static_cast<int>(planes_.layout.channels);
-    return classes <= 256 ? begin_as(classes, q, n, narrow_) : begin_as(classes, q, n, wide_);
+    return classes < 256 ? begin_as(classes, q, n, w, narrow_) : begin_as(classes, q, n, w, wide_);
   }
 
   const T* channel(int64_t c, T* buffer) const {
@@ -153,7 +154,7 @@ class Target {
       return load(planes_.target, planes_.layout, base_ + c * planes_.target.channel, q_, n_, buffer);
     const int wanted = planes_.layout.channels == 1 ? 1 : static_cast<int>(c);
     const int np = padded(n_);
-    if (planes_.layout.channels <= 256)
+    if (planes_.layout.channels < 256)
       for (int i = 0; i < np; ++i) buffer[i] = narrow_[i] == wanted ? T(1) : T(0);
     else
       for (int i = 0; i < np; ++i) buffer[i] = wide_[i] == wanted ? T(1) : T(0);
@@ -162,7 +163,7 @@ class Target {
 
  private:
   template <class Label>
-  bool begin_as(int classes, int64_t q, int n, Label* out) {
+  bool begin_as(int classes, int64_t q, int n, const T* w, Label* out) {
     const Plane& target = planes_.target;
     int64_t least = 0, most = 0;
     for_rows(target, planes_.layout, base_, q, n, [&](int64_t offset, int done, int m) {
@@ -171,7 +172,25 @@ class Target {
       else read<uint8_t>(offset, m, out + done, least, most);
     });
     for (int i = n; i < padded(n); ++i) out[i] = 0;
-    return least >= 0 && most < classes;
+    if (least >= 0 && most < classes) return true;
+    // Rare. A label out of range is fine where the mask leaves it out; 255 is the usual "unlabelled".
+    bool good = true;
+    for_rows(target, planes_.layout, base_, q, n, [&](int64_t offset, int done, int m) {
+      for (int i = 0; i < m; ++i) {
+        const int64_t label = label_at(offset + i * target.step[2]);
+        if (label >= 0 && label < classes) continue;
+        out[done + i] = static_cast<Label>(classes);  // no class
+        good &= w != nullptr && w[done + i] == T(0);
+      }
+    });
+    return good;
+  }
+
+  int64_t label_at(int64_t offset) const {
+    const char* data = planes_.target.data;
+    if (planes_.target.dtype == DType::i64) return reinterpret_cast<const int64_t*>(data)[offset];
+    if (planes_.target.dtype == DType::i32) return reinterpret_cast<const int32_t*>(data)[offset];
+    return reinterpret_cast<const uint8_t*>(data)[offset];
   }
 
   template <class From, class Label>
@@ -318,7 +337,7 @@ struct Region {
       const int n = end - q < block ? static_cast<int>(end - q) : block;
       const int np = padded(n);
       const T* w = load_weight(p, b, q, n, ws, zs);
-      good &= target.begin(q, n);
+      good &= target.begin(q, n, w);
       if (soft) {
         load_channels(p, b, q, n, block, x);
         if (channels == 2) {  // one sigmoid of the difference, exact at both ends
@@ -359,7 +378,7 @@ struct Region {
       const int n = end - q < block ? static_cast<int>(end - q) : block;
       const int np = padded(n);
       const T* w = load_weight(p, b, q, n, ws, zs);
-      target.begin(q, n);
+      target.begin(q, n, w);
       const auto slope = [&](int64_t c, bool logits, const T* z, T* out) {
         if (c < first) {
           for (int i = 0; i < np; ++i) out[i] = T(0);
@@ -517,9 +536,9 @@ struct CrossEntropy {
     for (int64_t q = chunk * chunk_pixels; q < end; q += block) {
       const int n = end - q < block ? static_cast<int>(end - q) : block;
       const int np = padded(n);
-      good &= target.begin(q, n);
-      block_loss(target, b, q, n, block, x, loss, count);
       const T* w = load_weight(p, b, q, n, ws, scratch);
+      good &= target.begin(q, n, w);
+      block_loss(target, b, q, n, block, x, loss, count);
       if (w)
         for (int i = 0; i < np; ++i) loss[i] = w[i] != T(0) ? w[i] * loss[i] : T(0);
       // "mean" counts the pixels that are in, whatever their weight
@@ -540,8 +559,8 @@ struct CrossEntropy {
     return good;
   }
 
-  // scale: dL/d(sum of the weighted loss map), or grad_map: dL/d(loss map)
-  void backward_chunk(int64_t b, int64_t chunk, T scale, const Plane& grad_map, const Layout& map_layout) const {
+  // scale: dL/d(sum of the weighted loss map), unless p.map holds dL/d(loss map)
+  void backward_chunk(int64_t b, int64_t chunk, T scale) const {
     const int64_t channels = p.layout.channels;
     const int64_t end = (chunk + 1) * chunk_pixels < p.layout.pixels() ? (chunk + 1) * chunk_pixels : p.layout.pixels();
     const int block = block_of(channels);
@@ -551,13 +570,13 @@ struct CrossEntropy {
     for (int64_t q = chunk * chunk_pixels; q < end; q += block) {
       const int n = end - q < block ? static_cast<int>(end - q) : block;
       const int np = padded(n);
-      target.begin(q, n);
       for (int i = 0; i < np; ++i) k[i] = scale;
-      if (grad_map) {
-        const T* given = load(grad_map, map_layout, b * grad_map.batch, q, n, scratch);
+      if (p.map) {
+        const T* given = load(p.map, p.layout, b * p.map.batch, q, n, scratch);
         for (int i = 0; i < np; ++i) k[i] = given[i];
       }
       const T* w = load_weight(p, b, q, n, ws, scratch);
+      target.begin(q, n, w);
       if (w)
         for (int i = 0; i < np; ++i) k[i] = w[i] != T(0) ? k[i] * w[i] : T(0);
       const auto put = [&](int64_t c, T* values) {
@@ -619,7 +638,7 @@ size_t loss_workspace(const Array& logits, const Exec&) {
 bool region_loss_forward(const Array& logits, const Array& target, const Array& weight, const Array& mask,
                          const RegionOptions& options, Reduction reduction, const Array& loss,
                          const Array& sums_array, void* workspace, const Exec& exec) {
-  const Planes p = make_planes(logits, target, weight, mask, Array{});
+  const Planes p = make_planes(logits, target, weight, mask, Array{}, Array{});
   const int64_t batch = p.layout.batch, channels = p.layout.channels, chunks = chunks_of(p.layout);
   double* partial = static_cast<double*>(workspace);
   double* sums = static_cast<double*>(sums_array.data);
@@ -663,7 +682,7 @@ bool region_loss_forward(const Array& logits, const Array& target, const Array& 
 void region_loss_backward(const Array& logits, const Array& target, const Array& weight, const Array& mask,
                           const RegionOptions& options, Reduction reduction, const Array& grad_loss,
                           const Array& sums_array, const Array& grad, const Exec& exec) {
-  const Planes p = make_planes(logits, target, weight, mask, grad);
+  const Planes p = make_planes(logits, target, weight, mask, grad, Array{});
   const int64_t batch = p.layout.batch, channels = p.layout.channels, chunks = chunks_of(p.layout);
   const int64_t first = channels > 1 && !options.include_background;
   const double count = static_cast<double>((options.per_image ? batch : 1) * (channels - first));
@@ -709,13 +728,13 @@ bool pixel_forward(const Planes& p, const Array& class_weight, const PixelOption
 
 template <class T>
 void pixel_backward(const Planes& p, const Array& class_weight, const PixelOptions& options, double scale,
-                    const Plane& grad_map, const Layout& map_layout, const Exec& exec) {
+                    const Exec& exec) {
   const CrossEntropy<T> ce{p, options, class_weight};
   const int64_t chunks = chunks_of(p.layout), items = p.layout.batch * chunks;
   const int threads = threads_for(exec, items * chunk_pixels * p.layout.channels);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t item = 0; item < items; ++item)
-    ce.backward_chunk(item / chunks, item % chunks, static_cast<T>(scale), grad_map, map_layout);
+    ce.backward_chunk(item / chunks, item % chunks, static_cast<T>(scale));
 }
 
 }  // namespace
@@ -723,7 +742,7 @@ void pixel_backward(const Planes& p, const Array& class_weight, const PixelOptio
 bool pixel_loss_forward(const Array& logits, const Array& target, const Array& weight, const Array& mask,
                         const Array& class_weight, const PixelOptions& options, Reduction reduction,
                         const Array& loss, const Array& sums_array, void* workspace, const Exec& exec) {
-  const Planes p = make_planes(logits, target, weight, mask, reduction == Reduction::none ? loss : Array{});
+  const Planes p = make_planes(logits, target, weight, mask, reduction == Reduction::none ? loss : Array{}, Array{});
   double* partial = static_cast<double*>(workspace);
   double* sums = static_cast<double*>(sums_array.data);
   const bool good = logits.dtype == DType::f64
@@ -738,24 +757,13 @@ bool pixel_loss_forward(const Array& logits, const Array& target, const Array& w
 void pixel_loss_backward(const Array& logits, const Array& target, const Array& weight, const Array& mask,
                          const Array& class_weight, const PixelOptions& options, Reduction reduction,
                          const Array& grad_loss, const Array& sums_array, const Array& grad, const Exec& exec) {
-  const Planes p = make_planes(logits, target, weight, mask, grad);
+  const bool map = reduction == Reduction::none;
+  const Planes p = make_planes(logits, target, weight, mask, grad, map ? grad_loss : Array{});
   const double* sums = static_cast<const double*>(sums_array.data);
-  Plane grad_map;
-  Layout map_layout;
-  double scale = 0;
-  if (reduction == Reduction::none) {
-    // Laid out on its own: its strides must not keep the other arrays' axes apart.
-    Array logits_shape = logits;
-    const Array arrays[2] = {logits_shape, grad_loss};
-    Plane planes[2];
-    map_layout = make_layout(arrays, planes, 2);
-    grad_map = planes[1];
-  } else {
-    scale = scalar(grad_loss);
-    if (reduction == Reduction::mean) scale = sums[1] != 0 ? scale / sums[1] : 0.0;
-  }
-  if (logits.dtype == DType::f64) pixel_backward<double>(p, class_weight, options, scale, grad_map, map_layout, exec);
-  else pixel_backward<float>(p, class_weight, options, scale, grad_map, map_layout, exec);
+  double scale = map ? 0.0 : scalar(grad_loss);
+  if (reduction == Reduction::mean) scale = sums[1] != 0 ? scale / sums[1] : 0.0;
+  if (logits.dtype == DType::f64) pixel_backward<double>(p, class_weight, options, scale, exec);
+  else pixel_backward<float>(p, class_weight, options, scale, exec);
 }
 
 }  // namespace noisyseg::NOISYSEG_ISA
