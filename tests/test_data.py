@@ -223,6 +223,11 @@ def test_datalist(tmp_path):
     assert D.load(data.test[0]).image.shape == (1, 32, 32)
 
 
+def test_unlabelled_test_images_of_the_decathlon_are_passed_over(tmp_path):
+    data = D.open_data(datalist(tmp_path, test=["./imagesTs/x.nii.gz", {"image": "y.nii.gz"}]))
+    assert len(data.training) + len(data.test) == 4
+
+
 def test_numbered_cases_are_not_channels(tmp_path):
     root = png_folder(tmp_path / "set", cases=3)
     for kind in ("imagesTr", "labelsTr"):

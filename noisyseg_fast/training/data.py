@@ -16,7 +16,7 @@ A datalist is MONAI's JSON, with paths relative to it:
      "validation": [...], "test": [...], "labels": {...}}
 
 where "image" may be a list of channels, "label" a list of raters, "patient" and "id" are optional, as are
-"validation" and "test" (otherwise shares of the patients).
+"validation" and "test" (otherwise shares of the patients); "test" entries without a label are passed over.
 
 NIfTI's voxel spacing (mm) comes from the header. PNG has none: one pixel counts as 1, unless the entry in a
 datalist has "spacing". A binary PNG mask may hold 0 and 255. Without "labels" there are two classes, 0 and 1.
@@ -436,7 +436,11 @@ def _datalist(path: Path) -> Data:
     if not isinstance(content.get("training"), list):
         raise DataError(f'{path}: needs a list "training" of {{"image": ..., "label": ...}}')
     parts = {
-        name: [_entry(path, name, i, entry) for i, entry in enumerate(content.get(name) or [])]
+        name: [
+            _entry(path, name, i, entry)
+            for i, entry in enumerate(content.get(name) or [])
+            if name != "test" or (isinstance(entry, dict) and "label" in entry)
+        ]
         for name in ("training", "validation", "test")
     }
     seen: set[str] = set()

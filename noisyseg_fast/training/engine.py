@@ -33,7 +33,7 @@ from . import evaluate, methods, networks
 from .data import Array, Case, Data, Store, TrainingSet, check, open_data, patch_size
 from .evaluate import Summary
 from .files import write_csv, write_json, written
-from .model import FORMAT, ModelSpec, load_model, pick_device, read_checkpoint, spec_dict
+from .model import FORMAT, ModelSpec, load_model, pick_device, read_checkpoint, spec_dict, spec_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -272,7 +272,7 @@ class _Loop:
         if not path.is_file():  # stopped in the first epoch
             return
         state = read_checkpoint(path)
-        if ModelSpec(**{**state["model"], "patch": tuple(state["model"]["patch"])}) != self.spec:
+        if spec_of(state) != self.spec:
             raise ValueError(f"{path}: was trained with another model than {self.spec}")
         before = json.loads((self.out / "split.json").read_text(encoding="utf-8"))
         if before != self.split():

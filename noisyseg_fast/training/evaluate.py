@@ -117,7 +117,10 @@ def predict_cases(
     device: torch.device,
     batch_size: int = 16,
 ) -> Iterator[tuple[Case, Loaded, Array]]:
-    """Each case with its predicted label map (*S) uint8; neighbours of one shape go through in one batch."""
+    """Each case with its predicted label map (*S) uint8.
+
+    Neighbours of the patch's size go through in one batch, others alone, window by window.
+    """
     batch: list[tuple[Case, Loaded]] = []
 
     def flush() -> Iterator[tuple[Case, Loaded, Array]]:
@@ -131,9 +134,12 @@ def predict_cases(
 
     for case in cases:
         loaded = store.get(case)
-        if len(batch) == batch_size or (batch and batch[0][1].image.shape != loaded.image.shape):
+        whole = loaded.image.shape[1:] == patch
+        if len(batch) == batch_size or not whole:
             yield from flush()
         batch.append((case, loaded))
+        if not whole:
+            yield from flush()
     yield from flush()
 
 
