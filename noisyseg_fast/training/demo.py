@@ -113,8 +113,8 @@ def write(out: Path, results: dict[str, Result], tables: Sequence[Any] = ()) -> 
             f"Noise: labels of {NOISE_RATE:.0%} of the training images dilated by 0 to "
             f"{SETTINGS.noise_radius} pixels (MCPM, MICCAI 2020, sec. 4.1).",
             "Reference: the pixels that at least two of the four raters outlined.",
-            "Each run is tested at the epoch with the best Dice on clean validation masks, which in itself
-            limits " "what noise can do.",
+            "Each run is tested at its epoch with the best Dice on clean validation masks, which in itself "
+            "limits what noise can do.",
             *(
                 f"{name}: {r.test.sentence(r.unit)}; best epoch {r.best_epoch}."
                 for name, r in results.items()
