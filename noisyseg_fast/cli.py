@@ -66,10 +66,8 @@ app = typer.Typer(
 
 Option = typer.Option
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
-Data = Annotated[
-    str | None,
-    Option(help="'sample', a folder (imagesTr, labelsTr) or a datalist .json.", metavar="sample|DIR|JSON"),
-]
+SOURCE = "'sample', a folder (imagesTr, labelsTr) or a datalist .json."
+METAVAR = "sample|DIR|JSON"
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -112,7 +110,7 @@ def demo(
 
 @app.command()
 def train(
-    data: Data = None,
+    data: Annotated[str | None, Option(help=f"{SOURCE} [default: sample]", metavar=METAVAR)] = None,
     method: Annotated[str | None, Option(help="See `noisyseg methods`. [default: ce]")] = None,
     set_: Annotated[
         list[str] | None, Option("--set", help="An option of the method, as gamma=1.3; repeatable.")
@@ -197,7 +195,7 @@ def train(
 @app.command()
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="best.pt of a run.")],
-    data: Data = None,
+    data: Annotated[str | None, Option(help=f"{SOURCE} [default: the run's]", metavar=METAVAR)] = None,
     split: Annotated[str, Option(help="training, validation, test or all.")] = "test",
     file: Annotated[Path | None, Option("--out", help="CSV with a row for each case.")] = None,
     device: Device = "auto",

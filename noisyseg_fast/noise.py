@@ -74,6 +74,8 @@ def corrupt(
     masks: (N, *S). Returns the corrupted masks, 0 and 1 in the same shape and dtype, and the radii (N,) in
     pixels. The paper does not name the structuring element; here it is the Euclidean disk of `dilate`.
     """
+    if not len(masks):
+        raise ValueError(f"masks must hold at least one mask, got shape {tuple(masks.shape)}")
     radii = corruption_radii(len(masks), rate, max_radius, seed)
     dims = masks.ndim - 1 if spatial_dims is None else spatial_dims
     return dilate(masks, [float(r) for r in radii], spatial_dims=dims), radii

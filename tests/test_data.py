@@ -62,6 +62,7 @@ def test_dilate_batch_of_torch_with_own_radii_and_an_empty_mask():
         (lambda m: noise.dilate(m, [1, 2], spatial_dims=1), "radius has 2 values for a mask of shape (4, 4)"),
         (lambda m: noise.corrupt(m, 1.5, seed=0), "noise rate must be between 0 and 1, got 1.5"),
         (lambda m: noise.corrupt(m, 0.5, -1, seed=0), "max_radius must not be negative, got -1"),
+        (lambda m: noise.corrupt(m[:0], 0.5, seed=0), "masks must hold at least one mask, got shape (0, 4)"),
     ],
 )
 def test_noise_errors(call, message):
