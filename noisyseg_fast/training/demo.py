@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 
 from .. import noise
 from .data import open_data
@@ -17,7 +18,7 @@ from .files import write_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-# As large a network, for as many epochs, as train in well under a minute on two CPU cores; learning rate and
+# As large a network, for as many epochs, as train in about 45 seconds on one CPU core; learning rate and
 # batch size were chosen on the validation patients. The noise is MCPM's default: 40 % of the labels dilated
 # by 0-6 pixels.
 SETTINGS = Config(
@@ -50,11 +51,20 @@ def train_arms(out: Path, *, quick: bool = False, console: Console | None = None
         raise FileExistsError(f"{out} is not empty; choose another folder with --out")
     shown = _picture_ids(settings)
     results = {}
-    for arm in ARMS:
-        config = replace(settings, method=arm.method, noise_rate=arm.noise_rate, out=str(out / arm.folder))
-        if console is not None:
-            console.print(f"training: {arm.name}")
-        results[arm.name] = train(config, console=console, picture_ids=shown, report=False)
+    # One thread: the sums of convolutions, and so the results, depend on the number of threads; and on a busy
+    # machine a second one makes such small steps slower, not faster.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for arm in ARMS:
+            config = replace(
+                settings, method=arm.method, noise_rate=arm.noise_rate, out=str(out / arm.folder)
+            )
+            if console is not None:
+                console.print(f"training: {arm.name}")
+            results[arm.name] = train(config, console=console, picture_ids=shown, report=False)
+    finally:
+        torch.set_num_threads(threads)
     return results
 
 
