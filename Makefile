@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 
 bin := $(VENV)/bin
-pip := $(bin)/python -m pip --disable-pip-version-check install --quiet
+pip := $(bin)/python -m pip --disable-pip-version-check install -qq
 sources := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test bench lint clean check FORCE

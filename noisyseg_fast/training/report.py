@@ -110,11 +110,11 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Floats with four digits; NaN and infinities by name; a dash for None."""
+    """Floats with four significant digits; NaN and infinities by name; a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, float) and math.isfinite(value):
-        return f"{value:.4f}" if abs(value) < 1 else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+        return f"{value:#.4g}".rstrip(".") if abs(value) < 1e4 else f"{value:.0f}"
     return escape(str(value))
 
 
@@ -189,7 +189,7 @@ def _contours(
     masks: Mapping[str, np.ndarray[Any, Any]],
     styles: Mapping[str, tuple[str, str]],
 ) -> Any:
-    """The image in grey with the contour of each mask, along the edges of its pixels."""
+    """The image in grey with the contour of each mask, midway between its pixels and their neighbours."""
     from matplotlib.figure import Figure
 
     height, width = image.shape
