@@ -40,6 +40,7 @@ h2 { font-size: 1.15rem; margin: 36px 0 12px; padding-bottom: 4px; border-bottom
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: 6px 20px 6px 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap }
+th:first-child, td:first-child { white-space: normal; min-width: 7.5em }
 th { font-size: .85rem; font-weight: 600; color: var(--soft) }
 .number { text-align: right }
 .grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 310px), 1fr)) }
@@ -192,8 +193,8 @@ def _contours(
     """The image in grey with the contour of each mask, midway between its pixels and their neighbours."""
     from matplotlib.figure import Figure
 
-    height, width = image.shape
-    figure = Figure(figsize=(4, 4 * height / width), dpi=160)
+    (top, bottom), (left, right) = _window(np.any([*masks.values()], axis=0))
+    figure = Figure(figsize=(4, 4 * (bottom - top) / (right - left)), dpi=160)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     finite = image[np.isfinite(image)]
@@ -203,16 +204,27 @@ def _contours(
         if mask.any():
             colour, line = styles[name]
             # Each line is thinner than the one below it, so that all show where they coincide.
-            thickness = 3.4 - 2.2 * i / max(1, len(masks) - 1)
+            thickness = 4.6 - 3.2 * i / max(1, len(masks) - 1)
             axes.contour(
-                np.arange(-1, width + 1),
-                np.arange(-1, height + 1),
+                np.arange(-1, image.shape[1] + 1),
+                np.arange(-1, image.shape[0] + 1),
                 np.pad(mask, 1).astype(float),
                 levels=[0.5],
                 colors=[colour],
                 linestyles=[line],
                 linewidths=[thickness],
             )
-    axes.set_xlim(-0.5, width - 0.5)
-    axes.set_ylim(height - 0.5, -0.5)
+    axes.set_xlim(left - 0.5, right - 0.5)
+    axes.set_ylim(bottom - 0.5, top - 0.5)
     return figure
+
+
+def _window(mask: np.ndarray[Any, Any]) -> list[tuple[int, int]]:
+    """For each axis the part to show: about twice the mask's extent, 40 pixels or more; all if it is empty."""
+    inside = np.argwhere(mask)
+    if not len(inside):
+        return [(0, n) for n in mask.shape]
+    low, high = inside.min(0), inside.max(0) + 1
+    side = max(40, 2 * int((high - low).max()))
+    starts = [max(0, min((a + b - side) // 2, n - side)) for a, b, n in zip(low, high, mask.shape, strict=True)]
+    return [(int(a), min(int(a) + side, n)) for a, n in zip(starts, mask.shape, strict=True)]
