@@ -371,8 +371,9 @@ struct GradLoss {
 };
 
 // Grid (chunks, B); dynamic shared memory: the loss's derivatives with respect to the two sums of each class.
+// At least one block: left alone, ptxas 13.0 aims at 64 registers for sm_120 and spills the double version.
 template <class T>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 1)
     region_grad(Inputs in, Formula formula, T gamma, int64_t first, const double* sums, double eps,
                 double scale, GradLoss grad_loss) {
   NOISYSEG_SHARED(double, by_sum);
