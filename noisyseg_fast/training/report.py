@@ -70,7 +70,8 @@ def write_report(
     nonzero inside: clean, noisy (or None) and predictions (run name -> mask). tables: (title, header, rows),
     or (title, rows as mappings). notes: sentences below the title; the first is the main finding.
     """
-    colours = {run["name"]: COLOURS[i % len(COLOURS)] for i, run in enumerate(runs)}
+    names = [*(run["name"] for run in runs), *(name for shown in overlays for name in shown["predictions"])]
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
     parts = [f"<h1>{escape(title)}</h1>"]
     if notes:
         parts.append(f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>')
@@ -100,7 +101,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[An
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    numeric = [any(isinstance(row[i], (int, float)) for row in rows) for i in range(len(header))]
+    numeric = [any(isinstance(row[i], (int, float, np.number)) for row in rows) for i in range(len(header))]
 
     def line(tag: str, cells: Sequence[Any]) -> str:
         kinds = (' class="number"' if number else "" for number in numeric)
@@ -114,7 +115,7 @@ def _cell(value: Any) -> str:
     """Floats with four significant digits; NaN and infinities by name; a dash for None."""
     if value is None:
         return "–"
-    if isinstance(value, float) and math.isfinite(value):
+    if isinstance(value, (float, np.floating)) and math.isfinite(value):
         return f"{value:#.4g}".rstrip(".") if abs(value) < 1e4 else f"{value:.0f}"
     return escape(str(value))
 
@@ -143,7 +144,7 @@ def _curves(runs: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> st
     from matplotlib.ticker import MaxNLocator
 
     histories = {run["name"]: _history(run["metrics_csv"]) for run in runs}
-    elements = []
+    elements: list[str] = []
     for column, heading in CURVES.items():
         figure = Figure(figsize=(5.2, 3.2), dpi=160, layout="constrained")
         axes = figure.add_subplot()
@@ -168,7 +169,7 @@ def _overlays(overlays: Sequence[Mapping[str, Any]], colours: Mapping[str, str])
     styles = {"clean": (CLEAN, "solid"), "noisy": (NOISY, "dashed")}
     styles |= {name: (colour, "solid") for name, colour in colours.items()}
     shown: dict[str, None] = {}
-    elements = []
+    elements: list[str] = []
     for overlay in overlays:
         masks = {"clean": overlay["clean"], "noisy": overlay["noisy"], **overlay["predictions"]}
         masks = {name: np.asarray(mask) != 0 for name, mask in masks.items() if mask is not None}
@@ -226,5 +227,7 @@ def _window(mask: np.ndarray[Any, Any]) -> list[tuple[int, int]]:
         return [(0, n) for n in mask.shape]
     low, high = inside.min(0), inside.max(0) + 1
     side = max(40, 2 * int((high - low).max()))
-    starts = [max(0, min((a + b - side) // 2, n - side)) for a, b, n in zip(low, high, mask.shape, strict=True)]
+    starts = [
+        max(0, min((a + b - side) // 2, n - side)) for a, b, n in zip(low, high, mask.shape, strict=True)
+    ]
     return [(int(a), min(int(a) + side, n)) for a, n in zip(starts, mask.shape, strict=True)]
