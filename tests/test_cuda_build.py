@@ -50,7 +50,8 @@ def compile_all(compiler: str, folder: Path) -> str:
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         if done.returncode:
-            raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stdout[-8000:]}")
+            said = [line for line in done.stdout.splitlines() if re.search(r"error|warning", line, re.I)]
+            raise RuntimeError("\n".join([f"{' '.join(map(str, command))} failed:", *said[:40]]))
         output += done.stdout
     return output
 
@@ -106,7 +107,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Resources]:
 
 def test_no_spills_and_no_stack(compiled: tuple[str, Resources]) -> None:
     _, found = compiled
-    bad = [f"{n} {a}" for n, archs in found.items() for a, use in archs.items() if use["spilled"] or use["stack"]]
+    uses = [(f"{name} {arch}", use) for name, archs in found.items() for arch, use in archs.items()]
+    bad = [name for name, use in uses if use["spilled"] or use["stack"]]
     assert not bad, f"registers spill or arrays lie in local memory: {bad}"
 
 
@@ -141,11 +143,7 @@ def update() -> None:
         sys.exit("no nvcc on PATH: the pins cannot be measured")
     with tempfile.TemporaryDirectory() as folder:
         found = pinned(parse(compile_all(compiler, Path(folder))))
-    lines = [
-        f"  {json.dumps(name)}: {{" + ", ".join(f"{json.dumps(a)}: {json.dumps(u)}" for a, u in archs.items()) + "}"
-        for name, archs in found.items()
-    ]
-    body = ",\n".join(lines)
+    body = ",\n".join(f"  {json.dumps(name)}: {json.dumps(archs)}" for name, archs in found.items())
     PINS.write_text(f'{{"nvcc": "{nvcc_release(compiler)}", "kernels": {{\n{body}\n}}}}\n')
     print(f"{PINS}: {len(found)} kernels")
 

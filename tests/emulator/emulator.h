@@ -6,12 +6,12 @@
 // once, block after block. Each CUDA thread is a fiber of one CPU thread, and to ThreadSanitizer a
 // thread of its own: only what orders threads in CUDA orders them here (launches, __syncthreads and its
 // kin, __syncwarp, __threadfence; shuffles and ballots order nothing), so a missing barrier is a data
-// race whatever the schedule, within a block and, as a rule, between blocks. Reported and ended with exit code 70:
-// a barrier or warp intrinsic that not all named threads reach, barriers that threads reach at different
-// lines, launches that no GPU accepts. A block finds its shared memory filled with 0xFF (static arrays
-// only under ThreadSanitizer or none; AddressSanitizer gets red zones around them instead), and a shuffle
-// from a lane that is not there returns 0xFF.
-// NOISYSEG_EMULATOR_REVERSE=1 in the environment runs blocks and threads in reverse order: same bits.
+// race whatever the schedule, within a block and, as a rule, between blocks. Reported and ended with exit
+// code 70: a barrier or warp intrinsic that not all named threads reach, barriers that threads reach at
+// different lines, launches that no GPU accepts. A block finds its shared memory filled with 0xFF (static
+// arrays only under ThreadSanitizer or none; AddressSanitizer gets red zones around them instead), and a
+// shuffle from a lane that is not there returns 0xFF. NOISYSEG_EMULATOR_REVERSE=1 in the environment runs
+// blocks and threads in reverse order: same bits.
 #pragma once
 #include <link.h>
 #include <sys/mman.h>
@@ -47,12 +47,12 @@
 #define __shared__ static thread_local  // puts them all side by side, where they can be filled
 #endif
 
-#define NOISYSEG_VECTOR(T, name, alignment)                                                       \
-  struct alignas(alignment) name##2 { T x, y; };                                                  \
-  struct alignas(sizeof(T)) name##3 { T x, y, z; };                                               \
-  struct alignas(2 * (alignment) > 16 ? 16 : 2 * (alignment)) name##4 { T x, y, z, w; };          \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                      \
-  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                              \
+#define NOISYSEG_VECTOR(T, name, alignment)                                              \
+  struct alignas(alignment) name##2 { T x, y; };                                         \
+  struct alignas(sizeof(T)) name##3 { T x, y, z; };                                      \
+  struct alignas(2 * (alignment) > 16 ? 16 : 2 * (alignment)) name##4 { T x, y, z, w; }; \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                             \
+  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                     \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 NOISYSEG_VECTOR(signed char, char, 2)
 NOISYSEG_VECTOR(unsigned char, uchar, 2)
@@ -101,7 +101,7 @@ struct Fiber {
 };
 
 inline Fiber fibers[2][max_threads];  // two sets, so that two blocks are unordered for ThreadSanitizer
-inline Fiber* slot[max_threads];  // thread of the block -> fiber
+inline Fiber* slot[max_threads];      // thread of the block -> fiber
 inline void* scheduler_sp;
 inline void* scheduler_tsan;
 inline int current;  // linear index of the running thread
@@ -171,7 +171,8 @@ NOISYSEG_UNSEEN inline void fiber_main() {
 }
 
 NOISYSEG_UNSEEN inline void start(Fiber& f) {
-  void* stack = mmap(nullptr, stack_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* stack =
+      mmap(nullptr, stack_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stack == MAP_FAILED || mprotect(stack, 4096, PROT_NONE)) fail("no memory for a stack");
   void** sp = static_cast<void**>(stack) + stack_size / sizeof(void*) - 2;
   *sp = reinterpret_cast<void*>(&fiber_main);  // switch_stack's ret goes there
@@ -211,7 +212,8 @@ NOISYSEG_UNSEEN inline bool finish_barrier() {
     Fiber& f = *slot[t];
     if (f.line != slot[0]->line) {
       static char text[120];
-      std::snprintf(text, sizeof text, "threads wait at different barriers: thread 0 at line %d, thread %d at line %d",
+      std::snprintf(text, sizeof text,
+                    "threads wait at different barriers: thread 0 at line %d, thread %d at line %d",
                     slot[0]->line, t, f.line);
       fail(text);
     }
@@ -257,7 +259,8 @@ NOISYSEG_UNSEEN inline bool finish_warp(int first) {
     for (int l = 0; l < lanes; ++l) {
       if (!(leader.mask >> l & 1)) continue;
       const Fiber& f = *slot[first + l];
-      all = all && f.state == State::warp && f.line == leader.line && f.op == leader.op && f.mask == leader.mask;
+      all = all && f.state == State::warp && f.line == leader.line && f.op == leader.op &&
+            f.mask == leader.mask;
       values[l] = f.value;
       votes |= static_cast<unsigned>(f.value != 0) << l;
     }
@@ -461,13 +464,16 @@ inline void fence() {
 }  // namespace noisyseg::emulator
 
 #define __syncthreads() ((void)::noisyseg::emulator::barrier(__LINE__))
-#define __syncthreads_or(p) (int(::noisyseg::emulator::barrier(__LINE__, ::noisyseg::emulator::Vote::any, (p) != 0)))
-#define __syncthreads_and(p) (int(::noisyseg::emulator::barrier(__LINE__, ::noisyseg::emulator::Vote::all, (p) != 0)))
+#define __syncthreads_or(p) \
+  (int(::noisyseg::emulator::barrier(__LINE__, ::noisyseg::emulator::Vote::any, (p) != 0)))
+#define __syncthreads_and(p) \
+  (int(::noisyseg::emulator::barrier(__LINE__, ::noisyseg::emulator::Vote::all, (p) != 0)))
 #define __syncthreads_count(p) \
   (int(::noisyseg::emulator::barrier(__LINE__, ::noisyseg::emulator::Vote::count, (p) != 0)))
 #define NOISYSEG_WARP(op, mask, value) \
   ::noisyseg::emulator::warp_op(::noisyseg::emulator::WarpOp::op, __LINE__, mask, value, 0)
-#define __syncwarp ::noisyseg::emulator::SyncWarp{__LINE__}
+#define __syncwarp \
+  ::noisyseg::emulator::SyncWarp { __LINE__ }
 #define __ballot_sync(mask, p) (unsigned(NOISYSEG_WARP(ballot, mask, (p) != 0)))
 #define __any_sync(mask, p) (int(NOISYSEG_WARP(any, mask, (p) != 0)))
 #define __all_sync(mask, p) (int(NOISYSEG_WARP(all, mask, (p) != 0)))
@@ -479,30 +485,32 @@ inline void fence() {
 #define __threadfence_block() ::noisyseg::emulator::fence()
 
 // ---- atomics: relaxed, on the types that CUDA has them for; none on floats, which have no fixed order ----
-#define NOISYSEG_ATOMICS(T)                                                                            \
-  inline T atomicAdd(T* p, T v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }                  \
-  inline T atomicSub(T* p, T v) { return __atomic_fetch_sub(p, v, __ATOMIC_RELAXED); }                  \
+#define NOISYSEG_ATOMICS(T)                                                            \
+  inline T atomicAdd(T* p, T v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); } \
+  inline T atomicSub(T* p, T v) { return __atomic_fetch_sub(p, v, __ATOMIC_RELAXED); } \
   NOISYSEG_ATOMIC_BITS(T)
-#define NOISYSEG_ATOMIC_BITS(T)                                                                        \
-  inline T atomicOr(T* p, T v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }                    \
-  inline T atomicAnd(T* p, T v) { return __atomic_fetch_and(p, v, __ATOMIC_RELAXED); }                  \
-  inline T atomicXor(T* p, T v) { return __atomic_fetch_xor(p, v, __ATOMIC_RELAXED); }                  \
+#define NOISYSEG_ATOMIC_BITS(T)                                                        \
+  inline T atomicOr(T* p, T v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }   \
+  inline T atomicAnd(T* p, T v) { return __atomic_fetch_and(p, v, __ATOMIC_RELAXED); } \
+  inline T atomicXor(T* p, T v) { return __atomic_fetch_xor(p, v, __ATOMIC_RELAXED); } \
   NOISYSEG_ATOMIC_ORDER(T)
-#define NOISYSEG_ATOMIC_ORDER(T)                                                                       \
-  inline T atomicExch(T* p, T v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }                \
-  inline T atomicMin(T* p, T v) {                                                                      \
-    T old = __atomic_load_n(p, __ATOMIC_RELAXED);                                                      \
-    while (v < old && !__atomic_compare_exchange_n(p, &old, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {} \
-    return old;                                                                                        \
-  }                                                                                                    \
-  inline T atomicMax(T* p, T v) {                                                                      \
-    T old = __atomic_load_n(p, __ATOMIC_RELAXED);                                                      \
-    while (old < v && !__atomic_compare_exchange_n(p, &old, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {} \
-    return old;                                                                                        \
-  }                                                                                                    \
-  inline T atomicCAS(T* p, T expected, T v) {                                                          \
-    __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);           \
-    return expected;                                                                                   \
+#define NOISYSEG_ATOMIC_ORDER(T)                                                                            \
+  inline T atomicExch(T* p, T v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }                    \
+  inline T atomicMin(T* p, T v) {                                                                           \
+    T old = __atomic_load_n(p, __ATOMIC_RELAXED);                                                           \
+    while (v < old && !__atomic_compare_exchange_n(p, &old, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) { \
+    }                                                                                                       \
+    return old;                                                                                             \
+  }                                                                                                         \
+  inline T atomicMax(T* p, T v) {                                                                           \
+    T old = __atomic_load_n(p, __ATOMIC_RELAXED);                                                           \
+    while (old < v && !__atomic_compare_exchange_n(p, &old, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) { \
+    }                                                                                                       \
+    return old;                                                                                             \
+  }                                                                                                         \
+  inline T atomicCAS(T* p, T expected, T v) {                                                               \
+    __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);                \
+    return expected;                                                                                        \
   }
 NOISYSEG_ATOMICS(int)
 NOISYSEG_ATOMICS(unsigned)
@@ -572,20 +580,33 @@ inline auto max(A a, B b) {
 }
 
 template <class T>
-inline T __ldg(const T* p) { return *p; }
+inline T __ldg(const T* p) {
+  return *p;
+}
 template <class T>
-inline T __ldcs(const T* p) { return *p; }
+inline T __ldcs(const T* p) {
+  return *p;
+}
 template <class T>
-inline T __ldcg(const T* p) { return *p; }
+inline T __ldcg(const T* p) {
+  return *p;
+}
 template <class T>
-inline void __stcs(T* p, T v) { *p = v; }
+inline void __stcs(T* p, T v) {
+  *p = v;
+}
 template <class T>
-inline void __stcg(T* p, T v) { *p = v; }
+inline void __stcg(T* p, T v) {
+  *p = v;
+}
 
 // ---- the runtime: as much of it as host functions use -------------------------------------------
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout
+};
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
@@ -623,7 +644,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t = nullptr) {
   return bytes ? std::memset(p, value, bytes) : p, cudaSuccess;
 }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t = nullptr) {
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                                   cudaStream_t = nullptr) {
   return bytes ? std::memcpy(to, from, bytes) : to, cudaSuccess;
 }
 
@@ -638,7 +660,8 @@ struct DeviceGuard {
 };
 }  // namespace noisyseg::cuda
 
-#define NOISYSEG_LAUNCH(kernel, grid, block, shared, exec, ...)                                    \
-  ((void)(exec), ::noisyseg::emulator::launch(#kernel, grid, block, shared, NOISYSEG_UNPAREN kernel, __VA_ARGS__))
+#define NOISYSEG_LAUNCH(kernel, grid, block, shared, exec, ...) \
+  ((void)(exec),                                                \
+   ::noisyseg::emulator::launch(#kernel, grid, block, shared, NOISYSEG_UNPAREN kernel, __VA_ARGS__))
 #define NOISYSEG_UNPAREN(...) __VA_ARGS__
 #define NOISYSEG_SHARED(type, name) type* name = reinterpret_cast<type*>(::noisyseg::emulator::dynamic_shared)

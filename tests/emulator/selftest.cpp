@@ -147,7 +147,10 @@ void check_all(const noisyseg::Exec& exec) {
     expect(w[t].down == (lane == 31 ? t : lane + 1 < lanes ? t + 1 : -1), "__shfl_down_sync", t);
     expect(w[t].exchanged == ((lane ^ 1) < lanes ? t ^ 1 : -1), "__shfl_xor_sync", t);
     expect(w[t].narrow == ((lane & ~7) + 1 < lanes ? (t & ~7) + 1 : -1), "__shfl_sync of width 8", t);
-    expect(w[t].wide_down == ((lane & 7) + 2 > 7 ? t : lane + 2 < lanes ? t + 2 : -1), "__shfl_down_sync of width 8", t);
+    expect(w[t].wide_down == ((lane & 7) + 2 > 7 ? t
+                              : lane + 2 < lanes ? t + 2
+                                                 : -1),
+           "__shfl_down_sync of width 8", t);
     expect(w[t].ballot == odd, "__ballot_sync", t);
     expect(w[t].lower == (lane < 4 ? 1u << 2 : 1u << 9), "__ballot_sync of part of a warp", t);
     expect(w[t].any == (base == 32), "__any_sync", t);
@@ -178,7 +181,8 @@ void check_all(const noisyseg::Exec& exec) {
   NOISYSEG_LAUNCH((indices), grid, block, 0, exec, hits.data(), grid);
   for (size_t h = 0; h < hits.size(); ++h) expect(hits[h] == 1, "an index", static_cast<long long>(h));
 
-  expect(__clz(1) == 31 && __clz(0) == 32 && __ffs(8) == 4 && __popc(0xf0u) == 4 && __brev(1u) == 1u << 31, "bits", 0);
+  expect(__clz(1) == 31 && __clz(0) == 32 && __ffs(8) == 4 && __popc(0xf0u) == 4 && __brev(1u) == 1u << 31,
+         "bits", 0);
   expect(__umulhi(1u << 31, 6) == 3 && __float_as_uint(1.0f) == 0x3f800000u && min(2, 3u) == 2, "bits", 1);
 }
 
@@ -189,7 +193,8 @@ int main(int argc, char** argv) {
   const std::string bug = argc > 1 ? argv[1] : "";
   std::vector<int> in(512, 1), out(64);
   if (bug.empty()) check_all(exec);
-  if (bug == "race") NOISYSEG_LAUNCH((block_sum<false>), 2, 256, 0, exec, in.data(), out.data(), int64_t{512});
+  if (bug == "race")
+    NOISYSEG_LAUNCH((block_sum<false>), 2, 256, 0, exec, in.data(), out.data(), int64_t{512});
   if (bug == "warp-race") NOISYSEG_LAUNCH((warp_exchange<false>), 1, 64, 64 * sizeof(int), exec, out.data());
   if (bug == "block-race") NOISYSEG_LAUNCH((all_write), 2, 32, 0, exec, out.data(), 3);
   if (bug == "shared-overrun") NOISYSEG_LAUNCH((shared_write), 1, 8, 8 * sizeof(int), exec, out.data(), 8);

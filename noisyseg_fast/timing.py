@@ -1,0 +1,747 @@
+"""Times operations against their peers: what the demo's table and the benchmark suite (bench/) measure with.
+
+A `Case` is one operation on one input, with its contenders: ours first. `measure` checks every contender's
+answer against the case's oracle, then runs them in turn, so that all see the same state of the machine.
+A contender that answers wrongly is reported as wrong and not timed; one that is missing is named.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+OURS = "ours"
+COMPILED = "torch.compile"
+COPY = "copy"  # a plain copy that moves as many bytes as the operation must: the floor of its time
+SLOW = 8.0  # seconds; a call that takes longer is made once, and that run counts
+
+Call = Callable[[], Any]
+
+
+# ---- comparing answers ----------------------------------------------------------------------------
+
+
+def relative_error(answer: Any, expected: Any) -> float:
+    """max |answer - expected| / max |expected|, the largest over a tuple's arrays.
+
+    inf for a wrong number of elements or where infinities and NaN do not stand in the same places.
+    """
+    got, want = _arrays(answer), _arrays(expected)
+    if len(got) != len(want) or any(a.size != b.size for a, b in zip(got, want, strict=True)):
+        return math.inf
+    return max(map(_array_error, got, want))
+
+
+def _array_error(answer: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    off, scale, step = 0.0, 0.0, 1 << 22
+    a, b = answer.ravel(), expected.ravel()
+    for i in range(0, b.size, step):  # in pieces: volumes of hundreds of MB come by here
+        x, y = a[i : i + step].astype(np.float64), b[i : i + step].astype(np.float64)
+        finite = np.isfinite(y)
+        if not np.array_equal(x[~finite], y[~finite], equal_nan=True) or not np.isfinite(x[finite]).all():
+            return math.inf
+        off = max(off, float(np.abs(x[finite] - y[finite]).max(initial=0)))
+        scale = max(scale, float(np.abs(y[finite]).max(initial=0)))
+    return off / scale if scale else off
+
+
+def _arrays(x: Any) -> list[np.ndarray[Any, Any]]:
+    if isinstance(x, (tuple, list)):
+        return [a for item in x for a in _arrays(item)]
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+    elif hasattr(x, "get"):  # CuPy
+        x = x.get()
+    return [np.asarray(x)]
+
+
+# ---- what is measured -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contender:
+    """make() imports and prepares, and returns the call to time; ImportError means "not installed".
+
+    error(answer, oracle's answer): how wrong the answer is; None where the peer defines the quantity otherwise.
+    """
+
+    name: str
+    make: Callable[[], Call]
+    error: Callable[[Any, Any], float] | None = relative_error
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one input.
+
+    oracle: gives the right answer, or names the contender whose answer is right. tolerance: the relative
+    error allowed. moved: the bytes that must be read and written at least. device: "cpu" or "cuda".
+    headline: one of the few cases to draw.
+    """
+
+    family: str
+    operation: str
+    input: str
+    contenders: Sequence[Contender]
+    oracle: Call | str
+    tolerance: float
+    moved: int
+    device: str = "cpu"
+    headline: bool = False
+
+
+@dataclass
+class Timing:
+    """One contender's result; note says why it was not timed. Times in seconds for one call."""
+
+    state: str  # "ok", "wrong", "missing", "skipped", "failed"
+    note: str = ""
+    error: float | None = None
+    p20: float | None = None
+    p50: float | None = None
+    p80: float | None = None
+    runs: int = 0
+    extra: int | None = None  # peak bytes beyond the inputs during a call, the result included
+    launches: int | None = None  # CUDA kernels of a call
+
+
+@dataclass
+class Measurement:
+    case: Case
+    timings: dict[str, Timing] = field(default_factory=dict)  # in the order of the contenders, the copy last
+
+    def speedup(self, name: str) -> float | None:
+        """How many times faster ours is than `name`."""
+        ours, other = self.timings[OURS].p50, self.timings[name].p50
+        return other / ours if ours and other else None
+
+    def of_copy(self) -> float | None:
+        """The fraction of the copy bandwidth, at this number of bytes and in this run, that ours reaches."""
+        ours, copy = self.timings[OURS].p50, self.timings[COPY].p50
+        return copy / ours if ours and copy else None
+
+
+class Skipped(Exception):
+    """Raised by Contender.make when there is no time for it."""
+
+
+# ---- measuring ------------------------------------------------------------------------------------
+
+
+def measure(case: Case, seconds: float = 2.0) -> Measurement:
+    """Check all contenders of a case, then time the right ones in turn, for about `seconds` in all."""
+    contenders = [*case.contenders, Contender(COPY, partial(_copy, case.moved, case.device), error=None)]
+    result = Measurement(case, {c.name: Timing("failed") for c in contenders})
+    expected = None if isinstance(case.oracle, str) else case.oracle()
+    calls: dict[str, Call] = {}
+    cost: dict[str, float] = {}
+    for contender in sorted(contenders, key=lambda c: c.name != case.oracle):
+        name = contender.name
+        try:
+            call = contender.make()
+            answer, cost[name], extra = _first(call, case.device)
+            if name == case.oracle:
+                expected = answer
+            error = contender.error(answer, expected) if contender.error else None
+            del answer
+            if cost[name] < SLOW:  # again, now warm
+                answer, cost[name], extra = _first(call, case.device)
+                del answer
+            good = error is None or error <= case.tolerance
+            note = "" if good else f"off by {error:.1g} of the largest value, allowed {case.tolerance:.1g}"
+            result.timings[name] = Timing("ok" if good else "wrong", note, error, extra=extra)
+            if good:
+                calls[name] = call
+                result.timings[name].launches = _launches(call, case.device)
+        except ImportError as missing:
+            result.timings[name] = Timing("missing", f"{missing.name or missing} is not installed")
+        except Skipped as reason:
+            result.timings[name] = Timing("skipped", str(reason))
+        except Exception as failure:  # a peer's failure is a result too
+            result.timings[name] = Timing("failed", _why(failure))
+        if name == case.oracle and expected is None:
+            raise RuntimeError(f"{case.operation}: the oracle, {name}, {result.timings[name].note}")
+    times = {name: [cost[name]] for name in calls if cost[name] >= SLOW}
+    times |= _alternate({n: c for n, c in calls.items() if n not in times}, cost, seconds, case.device)
+    for name, of_name in times.items():
+        timing = result.timings[name]
+        timing.p20, timing.p50, timing.p80 = (float(np.percentile(of_name, p)) for p in (20, 50, 80))
+        timing.runs = len(of_name)
+    return result
+
+
+def _why(failure: Exception) -> str:
+    text = " ".join(str(failure).split())
+    if "C++ compiler" in text or "InvalidCxxCompiler" in text:
+        return "no C++ compiler"
+    return f"{type(failure).__name__}: {text}"[:160]
+
+
+def _first(call: Call, device: str) -> tuple[Any, float, int | None]:
+    """Answer, seconds and peak extra memory of one call."""
+    answer: list[Any] = []
+    seconds = 0.0
+
+    def timed() -> None:
+        nonlocal seconds
+        start = time.perf_counter()
+        answer.append(call())
+        _wait(device)
+        seconds = time.perf_counter() - start
+
+    extra = peak_extra(timed, device)
+    return answer[0], seconds, extra
+
+
+def _alternate(
+    calls: dict[str, Call], cost: dict[str, float], seconds: float, device: str
+) -> dict[str, list[float]]:
+    """Seconds per call of each contender, run in turn: three runs at least, then until its share is used up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    spent = dict.fromkeys(calls, 0.0)
+    # Quick calls are timed in groups of about half a millisecond, far above the clock's own cost.
+    group = {name: max(1, math.ceil(5e-4 / max(cost[name], 1e-7))) for name in calls}
+    share = seconds / max(len(calls), 1)
+    for turn in itertools.count():
+        names = [n for n in calls if len(times[n]) < 3 or (spent[n] < share and len(times[n]) < 300)]
+        if not names:
+            break
+        for i in range(len(names)):
+            name = names[(i + turn) % len(names)]
+            elapsed = _elapsed(calls[name], group[name], device)
+            spent[name] += elapsed
+            times[name].append(elapsed / group[name])
+    return times
+
+
+def _elapsed(call: Call, repeats: int, device: str) -> float:
+    if device == "cuda":
+        import torch
+
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return time.perf_counter() - start
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def _launches(call: Call, device: str) -> int | None:
+    if device != "cuda":
+        return None
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not e.name.startswith(("Memcpy", "Memset")) for e in kernels)
+
+
+def _copy(moved: int, device: str) -> Call:
+    import torch
+
+    source = torch.ones(max(moved // 8, 1), device=device)
+    target = torch.zeros_like(source)
+    return partial(target.copy_, source)
+
+
+def peak_extra(call: Call, device: str = "cpu") -> int | None:
+    """Peak memory in bytes that a call takes beyond what was in use before it; None where unknown.
+
+    CPU: growth of the process's resident peak (Linux). CUDA: of torch's allocator, so CuPy's is not seen.
+    """
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps for later would hide growth
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # VmHWM, the peak, starts again
+        before = _resident("VmRSS")
+    except (OSError, AttributeError):
+        call()
+        return None
+    call()
+    return max(_resident("VmHWM") - before, 0)
+
+
+def _resident(key: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(key))
+
+
+# ---- inputs ---------------------------------------------------------------------------------------
+
+
+def blobs(shape: Sequence[int], seed: int = 0, share: float = 0.3) -> np.ndarray[Any, Any]:
+    """Smooth random masks (B, *S), uint8; about `share` of the pixels are 1.
+
+    A random field on a grid with a twelfth of the pixels along each axis, interpolated, cut at its quantile.
+    """
+    batch, *spatial = shape
+    random = np.random.default_rng(seed)
+    noise = random.standard_normal((batch, *(max(3, n // 12) for n in spatial)), np.float32)
+    for axis, n in enumerate(spatial, start=1):
+        place = np.linspace(0, noise.shape[axis] - 1, n)
+        low = np.minimum(place.astype(int), noise.shape[axis] - 2)
+        t = (place - low).astype(np.float32).reshape((-1,) + (1,) * (noise.ndim - 1 - axis))
+        noise = np.take(noise, low, axis) * (1 - t) + np.take(noise, low + 1, axis) * t
+    sample = noise.reshape(-1)[:: max(1, noise.size // 1_000_000)]
+    return (noise > np.quantile(sample, 1 - share)).astype(np.uint8)
+
+
+def _name(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+# ---- losses ---------------------------------------------------------------------------------------
+
+
+def value_and_grad(function: Callable[..., Any], logits: Any, *args: Any) -> Call:
+    """A call that gives (loss, d loss / d logits)."""
+    import torch
+
+    def call() -> Any:
+        loss = function(logits, *args)
+        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+    return call
+
+
+def compiled(
+    function: Callable[..., Any], prepare: Callable[[Callable[..., Any]], Call], deadline: float = math.inf
+) -> Contender:
+    """prepare(torch.compile(function)), compiled before it is timed, unless time.perf_counter() > deadline."""
+
+    def make() -> Call:
+        import torch
+
+        if time.perf_counter() > deadline:
+            raise Skipped("no time left to compile")
+        torch._dynamo.reset()  # otherwise the ninth shape silently runs eagerly
+        call = prepare(torch.compile(function, dynamic=False))
+        call()
+        return call
+
+    return Contender(COMPILED, make)
+
+
+def loss_contenders(
+    ours: Callable[..., Any], plain: Callable[..., Any], logits: Any, *args: Any, deadline: float = math.inf
+) -> list[Contender]:
+    """Forward and backward of ours and of `plain`, which is the same as one writes it in PyTorch."""
+
+    def prepare(function: Callable[..., Any]) -> Call:
+        return value_and_grad(function, logits, *args)
+
+    return [
+        Contender(OURS, partial(prepare, ours)),
+        Contender("eager", partial(prepare, plain)),
+        compiled(plain, prepare, deadline),
+    ]
+
+
+def random_logits(shape: Sequence[int], device: str) -> Any:
+    import torch
+
+    random = torch.Generator().manual_seed(0)
+    return (2 * torch.randn(*shape, generator=random)).to(device).requires_grad_()
+
+
+def in_double(function: Callable[..., Any], logits: Any, *args: Any) -> Call:
+    """The oracle of a loss: the reference in float64."""
+    wide = logits.detach().double().requires_grad_()
+    return value_and_grad(function, wide, *(a.double() if a.is_floating_point() else a for a in args))
+
+
+def torch_nr_dice(logits: Any, target: Any) -> Any:
+    """nr_dice_loss for labels as one writes it in PyTorch; quicker than the reference, which has more options."""
+    from torch.nn.functional import one_hot
+
+    p, channels = logits.sigmoid(), logits.shape[1]
+    g = target.unsqueeze(1) if channels == 1 else one_hot(target.long(), channels).movedim(-1, 1)
+    g = g.to(p.dtype)
+    numerator = ((p - g).abs() ** 1.5).flatten(2).sum(2)
+    return (numerator / ((p**2 + g**2).flatten(2).sum(2) + 1e-5)).mean()
+
+
+def torch_weighted_ce(logits: Any, target: Any, weight: Any) -> Any:
+    """Cross-entropy times a weight for each pixel, as one writes it in PyTorch."""
+    from torch.nn.functional import cross_entropy
+
+    return (weight * cross_entropy(logits, target.long(), reduction="none")).mean()
+
+
+def nr_dice_case(
+    shape: Sequence[int], device: str = "cpu", *, deadline: float = math.inf, headline: bool = False
+) -> Case:
+    """nr_dice_loss forward + backward; logits (B, C, *S) float32, labels (B, *S) uint8."""
+    import torch
+
+    from . import losses, reference
+
+    logits = random_logits(shape, device)
+    target = torch.from_numpy(blobs((shape[0], *shape[2:]))).to(device)
+    return Case(
+        family="losses",
+        operation="NR-Dice, forward + backward",
+        input=_name(shape),
+        contenders=loss_contenders(losses.nr_dice_loss, torch_nr_dice, logits, target, deadline=deadline),
+        oracle=in_double(reference.nr_dice_loss, logits, target),
+        tolerance=1e-5,
+        moved=12 * logits.numel() + 2 * target.numel(),  # logits twice and their gradient; labels twice
+        device=device,
+        headline=headline,
+    )
+
+
+def weighted_ce_case(
+    shape: Sequence[int], device: str = "cpu", *, deadline: float = math.inf, headline: bool = False
+) -> Case:
+    """pixel_loss forward + backward; logits (B, C, *S) float32, labels uint8, a weight for each pixel."""
+    import torch
+
+    from . import losses, reference
+
+    random = torch.Generator().manual_seed(1)
+    pixels = (shape[0], *shape[2:])
+    logits = random_logits(shape, device)
+    target = torch.randint(0, shape[1], pixels, generator=random, dtype=torch.uint8).to(device)
+    weight = torch.rand(pixels, generator=random).to(device)
+
+    def ours(logits: Any, target: Any, weight: Any) -> Any:
+        return losses.pixel_loss(logits, target, weight=weight)
+
+    def exact(logits: Any, target: Any, weight: Any) -> Any:
+        return reference.pixel_loss(logits, target, weight=weight)
+
+    return Case(
+        family="losses",
+        operation="weighted CE, forward + backward",
+        input=_name(shape),
+        contenders=loss_contenders(ours, torch_weighted_ce, logits, target, weight, deadline=deadline),
+        oracle=in_double(exact, logits, target, weight),
+        tolerance=1e-5,
+        moved=12 * logits.numel() + 10 * target.numel(),  # as above, and the weights twice
+        device=device,
+        headline=headline,
+    )
+
+
+# ---- distances ------------------------------------------------------------------------------------
+
+
+def each(function: Callable[..., Any], masks: Any) -> Call:
+    """A call of function on each mask of a batch (B, *S), for peers that take one at a time."""
+    return lambda: [function(mask) for mask in masks]
+
+
+def joined(answer: Any, expected: Any) -> float:
+    """relative_error of two batches, each one array or a list of them."""
+    a, b = (np.concatenate([x.ravel() for x in _arrays(y)]) for y in (answer, expected))
+    return relative_error(a, b)
+
+
+def negative(answer: Any, expected: Any) -> float:
+    """`joined` for a peer that is positive inside."""
+    return joined([-x for x in _arrays(answer)], expected)
+
+
+def on_device(mask: np.ndarray[Any, Any], device: str) -> Any:
+    """The mask as our CPU contenders take it, NumPy, or as a CUDA tensor."""
+    import torch
+
+    return mask if device == "cpu" else torch.from_numpy(mask).to(device)
+
+
+def threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def edt_case(
+    mask: np.ndarray[Any, Any],
+    what: str = "",
+    *,
+    spacing: Sequence[float] | None = None,
+    device: str = "cpu",
+    more: Sequence[Contender] = (),
+    headline: bool = False,
+) -> Case:
+    """distance_transform_edt of masks (B, *S); `what` describes them; `more` contenders stand before the copy."""
+    from . import distance
+
+    def ours() -> Call:
+        x = on_device(mask, device)
+        return lambda: distance.distance_transform_edt(x, spacing, spatial_dims=mask.ndim - 1)
+
+    def scipy() -> Call:
+        from scipy.ndimage import distance_transform_edt
+
+        return each(partial(distance_transform_edt, sampling=spacing), mask)
+
+    def edt() -> Call:
+        import edt as package
+
+        return each(partial(package.edt, anisotropy=spacing, parallel=threads()), mask)
+
+    def monai() -> Call:
+        from monai.transforms.utils import distance_transform_edt
+
+        x = on_device(mask, device)  # MONAI takes (C, *S); so the batch is its channels
+        return lambda: distance_transform_edt(x, sampling=spacing)
+
+    peers = [Contender("scipy", scipy, joined)]
+    if device == "cpu":
+        peers.append(Contender("edt", edt, joined))
+    return _distance_case(
+        "distance transform",
+        mask,
+        what,
+        spacing,
+        [Contender(OURS, ours, joined), *peers, Contender("MONAI", monai, joined), *more],
+        device,
+        headline,
+    )
+
+
+def signed_case(
+    mask: np.ndarray[Any, Any],
+    what: str = "",
+    *,
+    spacing: Sequence[float] | None = None,
+    device: str = "cpu",
+    more: Sequence[Contender] = (),
+    headline: bool = False,
+) -> Case:
+    """signed_distance_map of masks (B, *S) in the "two_sided" convention; `what`, `more` as in edt_case."""
+    from . import distance
+
+    def ours() -> Call:
+        x, dims = on_device(mask, device), mask.ndim - 1
+        return lambda: distance.signed_distance_map(x, spacing, spatial_dims=dims, convention="two_sided")
+
+    def scipy() -> Call:
+        from scipy.ndimage import distance_transform_edt
+
+        edt = partial(distance_transform_edt, sampling=spacing)
+        return each(lambda x: edt(x == 0) - edt(x), mask)
+
+    def edt() -> Call:
+        import edt as package
+
+        return each(partial(package.sdf, anisotropy=spacing, parallel=threads()), mask)
+
+    peers = [Contender("scipy", scipy, joined)]
+    if device == "cpu":
+        peers.append(Contender("edt", edt, negative))
+    return _distance_case(
+        "signed distance map",
+        mask,
+        what,
+        spacing,
+        [Contender(OURS, ours, joined), *peers, *more],
+        device,
+        headline,
+    )
+
+
+def _distance_case(
+    operation: str,
+    mask: np.ndarray[Any, Any],
+    what: str,
+    spacing: Sequence[float] | None,
+    contenders: Sequence[Contender],
+    device: str,
+    headline: bool,
+) -> Case:
+    spaced = f", spacing {_name([f'{s:g}' for s in spacing])}" if spacing else ""
+    return Case(
+        family="distance",
+        operation=operation,
+        input=_name(mask.shape) + (f" {what}" if what else "") + spaced,
+        contenders=contenders,
+        oracle="scipy",
+        tolerance=1e-6,
+        moved=5 * mask.size,  # a byte read, a float written
+        device=device,
+        headline=headline,
+    )
+
+
+# ---- metrics --------------------------------------------------------------------------------------
+
+
+def pair(shape: Sequence[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Masks (B, *S) and the same moved by two pixels along each axis, with a 4-pixel cube of noise far away."""
+    target = blobs(shape, share=0.1)
+    axes = tuple(range(1, target.ndim))
+    target[(slice(None), *[slice(0, 8)] * len(axes))] = 0
+    pred = np.roll(target, (2,) * len(axes), axes)
+    pred[(slice(None), *[slice(2, 6)] * len(axes))] = 1
+    return pred, target
+
+
+def surface_case(
+    shape: Sequence[int],
+    device: str = "cpu",
+    *,
+    more: Callable[[Any, Any], Sequence[Contender]] = lambda pred, target: (),
+    headline: bool = False,
+) -> Case:
+    """surface_metrics of a pair of masks (B, *S) in MONAI's definition; more(pred, target) adds contenders.
+
+    The oracle is MONAI: hd, hd95, asd, assd, nsd at tolerance 1. MedPy's HD95 is another quantity (it pools).
+    """
+    from . import metrics
+
+    pred, target = pair(shape)
+
+    def tensors() -> tuple[Any, Any]:
+        import torch
+
+        p, t = (torch.from_numpy(x).unsqueeze(1).to(device) for x in (pred, target))
+        return p, t
+
+    def ours() -> Call:
+        p, t = tensors()
+        return lambda: tuple(metrics.surface_metrics(p, t, tolerance=1.0))
+
+    def monai() -> Call:
+        from monai import metrics as peer
+
+        p, t = tensors()
+
+        def call() -> Any:
+            options = {"include_background": True}
+            return (
+                peer.compute_hausdorff_distance(p, t, **options),
+                peer.compute_hausdorff_distance(p, t, percentile=95, **options),
+                peer.compute_average_surface_distance(p, t, **options),
+                peer.compute_average_surface_distance(p, t, symmetric=True, **options),
+                peer.compute_surface_dice(p, t, [1.0], **options),
+            )
+
+        return call
+
+    def monai_hd95() -> Call:
+        from monai.metrics import compute_hausdorff_distance
+
+        p, t = tensors()
+        return lambda: compute_hausdorff_distance(p, t, include_background=True, percentile=95)
+
+    def medpy() -> Call:
+        from medpy.metric import binary
+
+        return lambda: [binary.assd(p, t) for p, t in zip(pred, target, strict=True)]
+
+    contenders = [
+        Contender(OURS, ours),
+        Contender("MONAI", monai),
+        Contender("MONAI HD95 only", monai_hd95, lambda answer, e: relative_error(answer, e[1])),
+        *more(pred, target),
+    ]
+    if device == "cpu":
+        contenders.append(Contender("MedPy ASSD only", medpy, lambda answer, e: joined(answer, e[3])))
+    return Case(
+        family="metrics",
+        operation="surface metrics of a pair",
+        input=_name(shape),
+        contenders=contenders,
+        oracle="MONAI",
+        tolerance=1e-6,
+        moved=2 * pred.size,
+        device=device,
+        headline=headline,
+    )
+
+
+# ---- the demo's table -----------------------------------------------------------------------------
+
+
+def demo_table(budget_s: float = 40.0) -> list[dict[str, str]]:
+    """A small table of times on this machine: one row for each operation, one text for each contender.
+
+    It takes about budget_s seconds, most of which go to torch.compile; it is left out when less than 20 s are
+    given or when two thirds of the budget are gone.
+    """
+    deadline = time.perf_counter() + budget_s * 2 / 3 if budget_s >= 20 else 0.0
+    cases: list[Callable[[], Case]] = [
+        partial(nr_dice_case, (4, 1, 112, 112, 80), deadline=deadline),
+        partial(nr_dice_case, (128, 1, 64, 64), deadline=deadline),
+        partial(weighted_ce_case, (4, 4, 112, 112, 20), deadline=deadline),
+        lambda: edt_case(blobs((4, 112, 112, 80))),
+        lambda: edt_case(blobs((128, 64, 64))),
+        lambda: signed_case(blobs((4, 112, 112, 80))),
+        lambda: signed_case(blobs((128, 64, 64))),
+        partial(surface_case, (1, 112, 112, 80)),
+    ]
+    return [row(measure(make(), budget_s / 5 / len(cases))) for make in cases]
+
+
+def row(measured: Measurement) -> dict[str, str]:
+    """One text for each contender: its time, and how many times faster ours is."""
+    result = {"operation": measured.case.operation, "input": measured.case.input}
+    return result | {name: entry(measured, name) for name in measured.timings if name != COPY}
+
+
+def entry(measured: Measurement, name: str) -> str:
+    timing = measured.timings[name]
+    if timing.p50 is None:
+        return "not installed" if timing.state == "missing" else f"{timing.state}: {timing.note}"
+    faster = measured.speedup(name) if name != OURS else None
+    return duration(timing.p50) + (f" ({faster:.1f}x)" if faster else "")
+
+
+def duration(seconds: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def print_table(rows: Sequence[dict[str, str]]) -> None:
+    """Print `demo_table`'s rows with Rich: the operations stand in columns, so that it fits a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "operation", "input", "contender", title="Time on this machine, and how many times faster ours is"
+    )
+    table.add_column("time", justify="right")
+    for line in rows:
+        names = [name for name in line if name not in ("operation", "input")]
+        for i, name in enumerate(names):
+            head = (line["operation"], line["input"]) if i == 0 else ("", "")
+            table.add_row(*head, name, line[name], end_section=i == len(names) - 1)
+    Console().print(table)
