@@ -27,7 +27,8 @@ CURVES = {
 HEADINGS = {"dice": "Dice", "iou": "IoU", "hd95": "HD95"}
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b2430; --soft: #5b6675; --line: #dfe4ea; --back: #fff; --card: #f4f6f8 }
+:root { color-scheme: light dark;
+  --ink: #1b2430; --soft: #5b6675; --line: #dfe4ea; --back: #fff; --card: #f4f6f8 }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ee; --soft: #9aa5b1; --line: #333c48; --back: #14181d; --card: #1d232a } }
 * { box-sizing: border-box }
@@ -43,14 +44,16 @@ th, td { padding: 6px 20px 6px 0; text-align: left; border-bottom: 1px solid var
 th:first-child, td:first-child { white-space: normal; min-width: 7.5em }
 th { font-size: .85rem; font-weight: 600; color: var(--soft) }
 .number { text-align: right }
-.grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 310px), 1fr)) }
+.grid { display: grid; gap: 12px;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 310px), 1fr)) }
 .curves { grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)) }
 figure { margin: 0; padding: 8px; border-radius: 8px; background: var(--card) }
 figure img { display: block; width: 100%; height: auto; border-radius: 4px }
 figcaption { margin-top: 6px; font-size: .85rem; color: var(--soft); overflow-wrap: anywhere }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 0 0 12px; padding: 0; list-style: none;
   font-size: .9rem }
-.legend i { display: inline-block; width: 24px; margin-right: 8px; vertical-align: middle; border-top: 4px solid }
+.legend i { display: inline-block; width: 24px; margin-right: 8px; vertical-align: middle;
+  border-top: 4px solid }
 """
 
 
@@ -116,7 +119,8 @@ def _cell(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, (float, np.floating)) and math.isfinite(value):
-        return f"{value:#.4g}".rstrip(".") if abs(value) < 1e4 else f"{value:.0f}"
+        x = float(value)
+        return f"{x:#.4g}".rstrip(".") if abs(x) < 1e4 else f"{x:.0f}"
     return escape(str(value))
 
 
