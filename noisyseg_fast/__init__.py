@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from . import _core as _core
+from . import _core
 
 __version__: str = _core.build_info()["version"]
 

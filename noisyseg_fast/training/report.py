@@ -40,7 +40,8 @@ h2 { font-size: 1.15rem; margin: 36px 0 12px; padding-bottom: 4px; border-bottom
 .notes li:first-child { color: var(--ink) }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: 6px 20px 6px 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap }
+th, td { padding: 6px 20px 6px 0; border-bottom: 1px solid var(--line); text-align: left;
+  white-space: nowrap }
 th:first-child, td:first-child { white-space: normal; min-width: 7.5em }
 th { font-size: .85rem; font-weight: 600; color: var(--soft) }
 .number { text-align: right }
@@ -225,7 +226,7 @@ def _contours(
 
 
 def _window(mask: np.ndarray[Any, Any]) -> list[tuple[int, int]]:
-    """For each axis the part to show: about twice the mask's extent, 40 pixels or more; all if it is empty."""
+    """The part of each axis to show: twice the mask's extent, 40 pixels or more; all if it is empty."""
     inside = np.argwhere(mask)
     if not len(inside):
         return [(0, n) for n in mask.shape]
