@@ -27,7 +27,8 @@ CURVES = {
 HEADINGS = {"dice": "Dice", "iou": "IoU", "hd95": "HD95"}
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b2430; --soft: #5b6675; --line: #dfe4ea; --back: #fff; --card: #f4f6f8 }
+:root { color-scheme: light dark;
+  --ink: #1b2430; --soft: #5b6675; --line: #dfe4ea; --back: #fff; --card: #f4f6f8 }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ee; --soft: #9aa5b1; --line: #333c48; --back: #14181d; --card: #1d232a } }
 * { box-sizing: border-box }
@@ -39,18 +40,21 @@ h2 { font-size: 1.15rem; margin: 36px 0 12px; padding-bottom: 4px; border-bottom
 .notes li:first-child { color: var(--ink) }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: 6px 20px 6px 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap }
+th, td { padding: 6px 20px 6px 0; border-bottom: 1px solid var(--line); text-align: left;
+  white-space: nowrap }
 th:first-child, td:first-child { white-space: normal; min-width: 7.5em }
 th { font-size: .85rem; font-weight: 600; color: var(--soft) }
 .number { text-align: right }
-.grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 310px), 1fr)) }
+.grid { display: grid; gap: 12px;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 310px), 1fr)) }
 .curves { grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)) }
 figure { margin: 0; padding: 8px; border-radius: 8px; background: var(--card) }
 figure img { display: block; width: 100%; height: auto; border-radius: 4px }
 figcaption { margin-top: 6px; font-size: .85rem; color: var(--soft); overflow-wrap: anywhere }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 0 0 12px; padding: 0; list-style: none;
   font-size: .9rem }
-.legend i { display: inline-block; width: 24px; margin-right: 8px; vertical-align: middle; border-top: 4px solid }
+.legend i { display: inline-block; width: 24px; margin-right: 8px; vertical-align: middle;
+  border-top: 4px solid }
 """
 
 
@@ -70,7 +74,8 @@ def write_report(
     nonzero inside: clean, noisy (or None) and predictions (run name -> mask). tables: (title, header, rows),
     or (title, rows as mappings). notes: sentences below the title; the first is the main finding.
     """
-    colours = {run["name"]: COLOURS[i % len(COLOURS)] for i, run in enumerate(runs)}
+    names = [*(run["name"] for run in runs), *(name for shown in overlays for name in shown["predictions"])]
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
     parts = [f"<h1>{escape(title)}</h1>"]
     if notes:
         parts.append(f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>')
@@ -100,7 +105,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[An
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    numeric = [any(isinstance(row[i], (int, float)) for row in rows) for i in range(len(header))]
+    numeric = [any(isinstance(row[i], (int, float, np.number)) for row in rows) for i in range(len(header))]
 
     def line(tag: str, cells: Sequence[Any]) -> str:
         kinds = (' class="number"' if number else "" for number in numeric)
@@ -114,8 +119,9 @@ def _cell(value: Any) -> str:
     """Floats with four significant digits; NaN and infinities by name; a dash for None."""
     if value is None:
         return "–"
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:#.4g}".rstrip(".") if abs(value) < 1e4 else f"{value:.0f}"
+    if isinstance(value, (float, np.floating)) and math.isfinite(value):
+        x = float(value)
+        return f"{x:#.4g}".rstrip(".") if abs(x) < 1e4 else f"{x:.0f}"
     return escape(str(value))
 
 
@@ -143,7 +149,7 @@ def _curves(runs: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> st
     from matplotlib.ticker import MaxNLocator
 
     histories = {run["name"]: _history(run["metrics_csv"]) for run in runs}
-    elements = []
+    elements: list[str] = []
     for column, heading in CURVES.items():
         figure = Figure(figsize=(5.2, 3.2), dpi=160, layout="constrained")
         axes = figure.add_subplot()
@@ -168,7 +174,7 @@ def _overlays(overlays: Sequence[Mapping[str, Any]], colours: Mapping[str, str])
     styles = {"clean": (CLEAN, "solid"), "noisy": (NOISY, "dashed")}
     styles |= {name: (colour, "solid") for name, colour in colours.items()}
     shown: dict[str, None] = {}
-    elements = []
+    elements: list[str] = []
     for overlay in overlays:
         masks = {"clean": overlay["clean"], "noisy": overlay["noisy"], **overlay["predictions"]}
         masks = {name: np.asarray(mask) != 0 for name, mask in masks.items() if mask is not None}
@@ -220,11 +226,13 @@ def _contours(
 
 
 def _window(mask: np.ndarray[Any, Any]) -> list[tuple[int, int]]:
-    """For each axis the part to show: about twice the mask's extent, 40 pixels or more; all if it is empty."""
+    """The part of each axis to show: twice the mask's extent, 40 pixels or more; all if it is empty."""
     inside = np.argwhere(mask)
     if not len(inside):
         return [(0, n) for n in mask.shape]
     low, high = inside.min(0), inside.max(0) + 1
     side = max(40, 2 * int((high - low).max()))
-    starts = [max(0, min((a + b - side) // 2, n - side)) for a, b, n in zip(low, high, mask.shape, strict=True)]
+    starts = [
+        max(0, min((a + b - side) // 2, n - side)) for a, b, n in zip(low, high, mask.shape, strict=True)
+    ]
     return [(int(a), min(int(a) + side, n)) for a, n in zip(starts, mask.shape, strict=True)]
