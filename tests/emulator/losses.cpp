@@ -313,11 +313,9 @@ int main(int count, char** arguments) {
       run({3, classes, 3, 1, 5}, round == 0);
       run({2, classes, 257}, false);
     }
-  for (int64_t classes : {1, 2, 3, 7}) {
-    run({1, classes, 64, 64}, false);  // four tiles
-    run({2, classes, 7, 11, 17}, false);
-  }
-  run({2, 300, 4}, false);  // more classes than threads
+  for (int64_t classes : {1, 3}) run({1, classes, 64, 64}, false);  // four tiles
+  for (int64_t classes : {2, 7}) run({2, classes, 7, 11, 17}, false);
+  run({1, 257, 2}, false);  // more classes than threads
   run({0, 2, 4, 4}, false);
   run({2, 2, 0, 4}, false);
   std::fprintf(stderr, failures ? "losses: %d differences\n" : "losses: CUDA and CPU agree\n", failures);
