@@ -17,10 +17,10 @@ sources := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.to
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
-	$(bin)/noisyseg demo
+	$(bin)/noisyseg demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.test
-	$(bin)/python -m pytest
+	PATH="$(abspath $(bin)):$$PATH" python -m pytest
 
 bench: $(VENV)/.test
 	$(bin)/python -m bench
@@ -60,7 +60,12 @@ endif
 
 check:
 	@missing=; \
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || missing="$$missing python3"; \
+	$(PYTHON) -c 'import sys; sys.exit(3 * (sys.version_info < (3, 11)))' 2>/dev/null; \
+	case $$? in \
+	  0) ;; \
+	  3) echo "$(PYTHON) is older than 3.11; choose another, as make demo PYTHON=python3.12" >&2; exit 1 ;; \
+	  *) missing=" python3" ;; \
+	esac; \
 	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
 	$(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null \
 	  || missing="$$missing python3-dev"; \

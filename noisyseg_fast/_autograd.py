@@ -95,7 +95,7 @@ class _RegionLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Any, _: Any) -> Any:
         if grad_loss is None:
             return (None,) * 6
@@ -121,7 +121,7 @@ class _PixelLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Any, _: Any) -> Any:
         if grad_loss is None:
             return (None,) * 7
@@ -151,7 +151,7 @@ def _region_op(
     reduction: int,
 ) -> tuple[Tensor, Tensor]:
     options = (kind, activation, gamma, squared, per_image, include_background, eps)
-    return losses.region_forward(_arrays.of(logits=logits), logits, target, weight, mask, options, reduction)  # type: ignore[return-value]
+    return losses.region_forward(_arrays.of(logits=logits), logits, target, weight, mask, options, reduction)
 
 
 @_region_op.register_fake
@@ -211,7 +211,7 @@ def _pixel_op(
     activation: int,
     reduction: int,
 ) -> tuple[Tensor, Tensor]:
-    return losses.pixel_forward(  # type: ignore[return-value]
+    return losses.pixel_forward(
         _arrays.of(logits=logits), logits, target, weight, mask, class_weight, activation, reduction
     )
 
@@ -270,8 +270,9 @@ def region_loss(
 ) -> Tensor:
     _no_gradient(target=target, weight=weight, mask=mask)
     if torch.compiler.is_compiling():
-        return _region_op(logits, target, weight, mask, *options, reduction)[0]
-    result: Tensor = _RegionLoss.apply(logits, target, weight, mask, options, reduction)[0]
+        compiled: Tensor = _region_op(logits, target, weight, mask, *options, reduction)[0]
+        return compiled
+    result: Tensor = _RegionLoss.apply(logits, target, weight, mask, options, reduction)[0]  # type: ignore[no-untyped-call]
     return result
 
 
@@ -287,6 +288,7 @@ def pixel_loss(
 ) -> Tensor:
     _no_gradient(target=target, weight=weight, mask=mask, class_weight=class_weight)
     if torch.compiler.is_compiling():
-        return _pixel_op(logits, target, weight, mask, class_weight, activation, reduction)[0]
-    result: Tensor = _PixelLoss.apply(logits, target, weight, mask, class_weight, activation, reduction)[0]
+        compiled: Tensor = _pixel_op(logits, target, weight, mask, class_weight, activation, reduction)[0]
+        return compiled
+    result: Tensor = _PixelLoss.apply(logits, target, weight, mask, class_weight, activation, reduction)[0]  # type: ignore[no-untyped-call]
     return result

@@ -148,7 +148,7 @@ class NRDiceLoss(Module):
     >>> loss = NRDiceLoss(gamma=1.5, activation="softmax", include_background=False)(logits, labels)
     """
 
-    _function = staticmethod(nr_dice_loss)
+    _function: Any = staticmethod(nr_dice_loss)
 
     def __init__(self, **options: Any) -> None:
         if Module is object:

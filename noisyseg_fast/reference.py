@@ -53,7 +53,8 @@ def _ratio_loss(
     if not include_background and n.shape[-1] > 1:
         n, d = n[..., 1:], d[..., 1:]
     loss = 1 - (n + eps) / (d + eps) if dice else n / (d + eps)
-    return {"mean": torch.mean, "sum": torch.sum, "none": lambda x: x}[reduction](loss)
+    reduce: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum, "none": lambda x: x}
+    return reduce[reduction](loss)
 
 
 def nr_dice_loss(

@@ -256,7 +256,7 @@ def _launches(call: Call, device: str) -> int | None:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e for e in profiler.events() if e.device_type.name == "CUDA"]
     return sum(not e.name.startswith(("Memcpy", "Memset")) for e in kernels)
 
 
@@ -319,7 +319,7 @@ def blobs(shape: Sequence[int], seed: int = 0, share: float = 0.3) -> np.ndarray
     return (noise > np.quantile(sample, 1 - share)).astype(np.uint8)
 
 
-def _name(shape: Sequence[int]) -> str:
+def _name(shape: Sequence[object]) -> str:
     return "x".join(map(str, shape))
 
 
