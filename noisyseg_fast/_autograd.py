@@ -21,7 +21,9 @@ def _no_gradient(**tensors: Tensor | None) -> None:
     if torch.is_grad_enabled():
         for name, x in tensors.items():
             if x is not None and x.requires_grad:
-                raise ValueError(f"{name} requires a gradient, but only logits receive one; pass {name}.detach()")
+                raise ValueError(
+                    f"{name} requires a gradient, but only logits receive one; pass {name}.detach()"
+                )
 
 
 def _region_grad(
@@ -217,7 +219,9 @@ def _pixel_op(
 
 
 @_pixel_op.register_fake
-def _(logits: Any, target: Any, weight: Any, mask: Any, class_weight: Any, activation: int, reduction: int) -> Any:
+def _(
+    logits: Any, target: Any, weight: Any, mask: Any, class_weight: Any, activation: int, reduction: int
+) -> Any:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     shape = (logits.shape[0], *logits.shape[2:]) if reduction == 2 else ()
     return logits.new_empty(shape, dtype=dtype), logits.new_empty((2,), dtype=torch.float64)

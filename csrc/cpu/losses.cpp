@@ -520,12 +520,19 @@ struct CrossEntropy {
       return;
     }
     load_channels(p, b, q, n, block, x);
-    if (p.labels && channels == 2 && !target.stray()) {
+    if (p.labels && channels == 2) {
       const T* g = target.channel(1, buffer);
       const T w0 = class_weight_of(0), w1 = class_weight_of(1);
       for (int i = 0; i < np; ++i) {
         count[i] = g[i] != T(0) ? w1 : w0;
         loss[i] = binary_cross_entropy(x[block + i] - x[i], g[i]) * count[i];
+      }
+      if (target.stray()) {
+        for (int i = 0; i < np; ++i) count[i] = T(0);
+        for (int64_t c = 0; c < 2; ++c) {
+          target.channel(c, buffer);
+          for (int i = 0; i < np; ++i) count[i] += class_weight_of(c) * buffer[i];
+        }
       }
       return;
     }
