@@ -21,7 +21,8 @@ struct Layout {
   NOISYSEG_HOST_DEVICE int64_t pixels() const { return extent[0] * extent[1] * extent[2]; }
 };
 
-// At most six arrays. planes[i] receives arrays[i]; arrays of rank one less than the first have no channel axis.
+// At most six arrays. planes[i] receives arrays[i]; arrays of rank one less than the first have no channel
+// axis.
 static inline Layout make_layout(const Array* arrays, Plane* planes, int count) {
   const Array& first = arrays[0];
   Layout layout;
@@ -47,7 +48,8 @@ static inline Layout make_layout(const Array* arrays, Plane* planes, int count) 
     }
   }
   if (axes > 3)
-    throw std::invalid_argument("the arrays' strides leave more than three separate pixel axes; make them contiguous");
+    throw std::invalid_argument(
+        "the arrays' strides leave more than three separate pixel axes; make them contiguous");
   for (int k = 0; k < axes; ++k) layout.extent[3 - axes + k] = extent[k];
   for (int i = 0; i < count; ++i) {
     const Array& a = arrays[i];

@@ -53,7 +53,11 @@ def _ratio_loss(
     if not include_background and n.shape[-1] > 1:
         n, d = n[..., 1:], d[..., 1:]
     loss = 1 - (n + eps) / (d + eps) if dice else n / (d + eps)
-    reduce: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum, "none": lambda x: x}
+    reduce: dict[str, Callable[[Tensor], Tensor]] = {
+        "mean": torch.mean,
+        "sum": torch.sum,
+        "none": lambda x: x,
+    }
     return reduce[reduction](loss)
 
 
@@ -155,7 +159,9 @@ def pixel_loss(
 def _distance_to(sites: Tensor, spacing: Sequence[float] | None) -> Tensor:
     """Distance of every voxel of one item (*S) to the nearest True one, float64; inf without any."""
     scale = torch.ones(sites.ndim) if spacing is None else torch.as_tensor(spacing)
-    grid = torch.cartesian_prod(*(torch.arange(n) for n in sites.shape)).reshape(-1, sites.ndim) * scale.double()
+    grid = (
+        torch.cartesian_prod(*(torch.arange(n) for n in sites.shape)).reshape(-1, sites.ndim) * scale.double()
+    )
     targets = grid[sites.flatten()]
     if not len(targets):
         return torch.full(sites.shape, math.inf, dtype=torch.float64)
@@ -180,7 +186,11 @@ def distance_transform_edt(mask: Tensor, spacing: Sequence[float] | None = None)
 
 
 def signed_distance_map(
-    mask: Tensor, spacing: Sequence[float] | None = None, *, convention: str = "boundary", normalize: bool = False
+    mask: Tensor,
+    spacing: Sequence[float] | None = None,
+    *,
+    convention: str = "boundary",
+    normalize: bool = False,
 ) -> Tensor:
     """One item (*S): negative inside; the conventions of `noisyseg_fast.signed_distance_map`."""
     mask = mask != 0
@@ -202,6 +212,7 @@ def signed_distance_map(
     if normalize and top > 0:
         phi = phi.sign() if top == math.inf else phi / top
     return phi
+
 
 # ---- metrics --------------------------------------------------------------------------------------
 

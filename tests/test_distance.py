@@ -12,9 +12,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import ndimage
+
 from noisyseg_fast import distance_transform_edt, reference, signed_distance_map
 from noisyseg_fast.distance import CONVENTIONS
-from scipy import ndimage
 
 SPACING = st.sampled_from([0.3, 0.7, 1.0, 2.5])
 
@@ -111,7 +112,9 @@ def test_adversarial_masks(shape: tuple[int, ...]) -> None:
     for name, mask in adversarial(shape).items():
         for spacing in (None, (1.7, 0.6, 1.1)[: len(shape)]):
             expected = scipy_edt(mask, spacing)
-            np.testing.assert_allclose(distance_transform_edt(mask, spacing), expected, rtol=1e-6, err_msg=name)
+            np.testing.assert_allclose(
+                distance_transform_edt(mask, spacing), expected, rtol=1e-6, err_msg=name
+            )
             with np.errstate(invalid="ignore"):
                 signed = np.where(mask != 0, -expected, scipy_edt(1 - mask, spacing))
             got = signed_distance_map(mask, spacing, convention="two_sided")
@@ -159,7 +162,9 @@ def test_batches_equal_their_items(dims: int) -> None:
 def test_any_strides(data: st.DataObject) -> None:
     base = np.random.default_rng(data.draw(st.integers(0, 999))).random((6, 10, 12)) < 0.7
     view = base.transpose(data.draw(st.permutations([0, 1, 2])))
-    view = view[data.draw(hnp.basic_indices(view.shape, min_dims=1, allow_newaxis=False, allow_ellipsis=False))]
+    view = view[
+        data.draw(hnp.basic_indices(view.shape, min_dims=1, allow_newaxis=False, allow_ellipsis=False))
+    ]
     if 0 in view.shape:
         return
     dense = np.ascontiguousarray(view)
@@ -228,9 +233,21 @@ def test_every_instruction_set_gives_the_same() -> None:
         ({"mask": np.ones((2, 2, 2, 2), bool)}, ValueError, "spatial_dims must be 1, 2 or 3, got 4 .* batch"),
         ({"mask": np.ones((2, 2), bool), "spatial_dims": 3}, ValueError, "too few axes for spatial_dims=3"),
         ({"mask": np.ones((2, 0), bool)}, ValueError, "mask has a spatial axis of size 0"),
-        ({"mask": np.ones((2, 2), bool), "spacing": (1,)}, ValueError, "spacing has 1 values for 2 spatial axes"),
-        ({"mask": np.ones((2, 2), bool), "spacing": (1, 0)}, ValueError, "spacing must be positive and finite"),
-        ({"mask": np.ones((2, 2), bool), "spacing": (1, np.nan)}, ValueError, "spacing must be positive and finite"),
+        (
+            {"mask": np.ones((2, 2), bool), "spacing": (1,)},
+            ValueError,
+            "spacing has 1 values for 2 spatial axes",
+        ),
+        (
+            {"mask": np.ones((2, 2), bool), "spacing": (1, 0)},
+            ValueError,
+            "spacing must be positive and finite",
+        ),
+        (
+            {"mask": np.ones((2, 2), bool), "spacing": (1, np.nan)},
+            ValueError,
+            "spacing must be positive and finite",
+        ),
         ({"mask": [[1, 0]]}, TypeError, "mask must be a torch tensor, a NumPy or CuPy array .* not list"),
     ],
 )
@@ -241,5 +258,7 @@ def test_errors(arguments: dict[str, object], error: type[Exception], message: s
 
 
 def test_unknown_convention() -> None:
-    with pytest.raises(ValueError, match="convention must be one of boundary, two_sided, kervadec, dtc, got 'sdf'"):
+    with pytest.raises(
+        ValueError, match="convention must be one of boundary, two_sided, kervadec, dtc, got 'sdf'"
+    ):
         signed_distance_map(np.ones((2, 2), bool), convention="sdf")

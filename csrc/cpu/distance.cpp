@@ -6,9 +6,9 @@
 //  3. along axis 0, the same search, vectorised across axis 2, on tiles that fit the L1 or L2 cache.
 // Steps 1 and 2 of a slice follow one another while it is in the cache. The search takes as many steps as the
 // distance is long; a line or tile whose steps exceed a budget is finished by the lower envelope of parabolas
-// (Felzenszwalb and Huttenlocher 2012, algorithm 1), linear in its length, so that a lone voxel in a large volume
-// is not quadratic. Which way is taken depends on the data alone, never on the threads.
-// Memory: mask read once, result written twice in 3D (9 bytes per voxel), once in 2D; scratch per thread only.
+// (Felzenszwalb and Huttenlocher 2012, algorithm 1), linear in its length, so that a lone voxel in a large
+// volume is not quadratic. Which way is taken depends on the data alone, never on the threads. Memory: mask
+// read once, result written twice in 3D (9 bytes per voxel), once in 2D; scratch per thread only.
 #include "noisyseg/distance.h"
 
 #include "cpu/edt.h"
@@ -48,7 +48,7 @@ constexpr int width = vector_bytes / static_cast<int>(sizeof(T));
 constexpr int registers = 2;  // vectors side by side: hides the latency of one
 template <class T>
 constexpr int lanes = registers * width<T>;
-constexpr int budget = 64;    // steps for each block of lanes from which the envelope is quicker
+constexpr int budget = 64;  // steps for each block of lanes from which the envelope is quicker
 
 template <class T>
 constexpr T infinity = static_cast<T>(__builtin_inf());
@@ -68,11 +68,12 @@ inline __attribute__((always_inline)) bool any(I mask) {
   return all != 0;
 }
 
-// The outward search for `lanes` neighbouring outputs. centre: their own f; f_(i-k) and f_(i+k) lie k * stride away
-// and exist for k <= left and k <= right. Writes the squared distances (>= 0) to best; returns the steps taken.
+// The outward search for `lanes` neighbouring outputs. centre: their own f; f_(i-k) and f_(i+k) lie k *
+// stride away and exist for k <= left and k <= right. Writes the squared distances (>= 0) to best; returns
+// the steps taken.
 template <class T, bool two_classes>
-inline __attribute__((always_inline)) int64_t search(const T* centre, int64_t stride, int64_t left, int64_t right, const T* steps,
-                                                     T* result) {
+inline __attribute__((always_inline)) int64_t search(const T* centre, int64_t stride, int64_t left,
+                                                     int64_t right, const T* steps, T* result) {
   using V = typename Simd<T>::V;
   using I = typename Simd<T>::I;
   constexpr int w = width<T>;
@@ -123,8 +124,8 @@ inline __attribute__((always_inline)) int64_t search(const T* centre, int64_t st
 
 // The lower envelope of the parabolas over one line: f(j) -> put(i, value, j of the nearest, -1 if none).
 struct Envelope {
-  double* starts;  // n + 1: where each parabola begins to be the lowest
-  int32_t* apexes; // n
+  double* starts;   // n + 1: where each parabola begins to be the lowest
+  int32_t* apexes;  // n
 
   template <class T, class F, class Put>
   void line(int64_t n, const T* steps, T w2, const F& f, const Put& put) const {
@@ -136,7 +137,8 @@ struct Envelope {
       while (top >= 0) {
         const int64_t v = apexes[top];
         // where parabola j gets below parabola v
-        start = (static_cast<double>(fj) - static_cast<double>(f(v))) / (2.0 * static_cast<double>(w2) * static_cast<double>(j - v)) +
+        start = (static_cast<double>(fj) - static_cast<double>(f(v))) /
+                    (2.0 * static_cast<double>(w2) * static_cast<double>(j - v)) +
                 0.5 * static_cast<double>(j + v);
         if (start > starts[top]) break;
         --top;
@@ -204,10 +206,12 @@ struct Scratch {
   T *steps0, *steps2;  // squared_step of axes 0 and 2
   T* line;             // a row with `lanes` repeated values before and behind it, or a tile (n0, lanes)
   Envelope envelope;
-  T* run;              // a strip of run lengths
+  T* run;  // a strip of run lengths
   uint8_t* classes;
 
-  static size_t table_bytes(const Volume& v) { return static_cast<size_t>(round_up(v.n[0] + v.n[2] + 8, 16)) * sizeof(T); }
+  static size_t table_bytes(const Volume& v) {
+    return static_cast<size_t>(round_up(v.n[0] + v.n[2] + 8, 16)) * sizeof(T);
+  }
   static size_t thread_bytes(const Volume& v) {
     const int64_t longest = v.n[0] > v.n[2] ? v.n[0] : v.n[2];
     const int64_t row = v.n[2] + 3 * lanes<T>, tile = v.n[0] * lanes<T>;
@@ -243,7 +247,8 @@ enum class Finish { squared, root, two_sided };
 
 // Step 1 for columns [from, from + m) of slice i0: f (n1, n2) of that slice.
 template <class T, bool two_classes>
-void sweep(const Source& source, const Volume& v, int64_t i0, int64_t from, int64_t m, T* f, const Scratch<T>& s) {
+void sweep(const Source& source, const Volume& v, int64_t i0, int64_t from, int64_t m, T* f,
+           const Scratch<T>& s) {
   const int64_t n1 = v.n[1], n2 = v.n[2];
   T* run = s.run;
   for (int64_t x = 0; x < m; ++x) run[x] = infinity<T>;
@@ -289,7 +294,8 @@ void sweep(const Source& source, const Volume& v, int64_t i0, int64_t from, int6
 }
 
 template <class T, bool two_classes>
-inline __attribute__((always_inline)) void finish_values(T* to, const T* squared, const T* f, int64_t n, Finish finish) {
+inline __attribute__((always_inline)) void finish_values(T* to, const T* squared, const T* f, int64_t n,
+                                                         Finish finish) {
   if (finish == Finish::squared) {
     for (int64_t i = 0; i < n; ++i) to[i] = two_classes ? with_sign(squared[i], f[i]) : squared[i];
   } else if (finish == Finish::root) {
@@ -351,7 +357,8 @@ void search_row(const Volume& v, T* row, const Scratch<T>& s, Finish finish) {
 
 // Step 3 for the columns [x, x + m), m <= lanes, of row y, in place.
 template <class T, bool two_classes>
-void search_tile(const Volume& v, T* volume, int64_t y, int64_t x, int64_t m, const Scratch<T>& s, Finish finish) {
+void search_tile(const Volume& v, T* volume, int64_t y, int64_t x, int64_t m, const Scratch<T>& s,
+                 Finish finish) {
   const int64_t n = v.n[0], slice = v.n[1] * v.n[2];
   constexpr int l = lanes<T>;
   T* base = volume + y * v.n[2] + x;
@@ -414,7 +421,8 @@ int thread_number() {
 
 // All three steps for `count` volumes, one behind the other in `out`.
 template <class T, bool two_classes, class MakeSource>
-void transform(int64_t count, const Volume& v, const MakeSource& source_of, T* out, char* memory, int threads, Finish finish) {
+void transform(int64_t count, const Volume& v, const MakeSource& source_of, T* out, char* memory, int threads,
+               Finish finish) {
   const int64_t n0 = v.n[0], n1 = v.n[1], n2 = v.n[2], slices = count * n0;
   if (count * v.size() == 0) return;
   Scratch<T>(memory, v, 0).fill_tables(v);
@@ -435,7 +443,8 @@ void transform(int64_t count, const Volume& v, const MakeSource& source_of, T* o
       const Scratch<T> s(memory, v, thread_number());
       const int64_t slice = item / strips, from = item % strips * strip;
       const Source source = source_of(slice / n0);
-      sweep<T, two_classes>(source, v, slice % n0, from, n2 - from < strip ? n2 - from : strip, out + slice * n1 * n2, s);
+      sweep<T, two_classes>(source, v, slice % n0, from, n2 - from < strip ? n2 - from : strip,
+                            out + slice * n1 * n2, s);
     }
 #pragma omp parallel for schedule(dynamic, 8) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < slices * n1; ++row)
@@ -448,7 +457,8 @@ void transform(int64_t count, const Volume& v, const MakeSource& source_of, T* o
     const Scratch<T> s(memory, v, thread_number());
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t x = tile * lanes<T>;
-      search_tile<T, two_classes>(v, out + item / n1 * v.size(), item % n1, x, n2 - x < lanes<T> ? n2 - x : lanes<T>, s, finish);
+      search_tile<T, two_classes>(v, out + item / n1 * v.size(), item % n1, x,
+                                  n2 - x < lanes<T> ? n2 - x : lanes<T>, s, finish);
     }
   }
 }
@@ -538,7 +548,8 @@ struct NearestScratch {
 };
 
 // Nearest sites: three passes of the envelope that carry the site's index along.
-void nearest_sites(const Source& source, const Volume& v, float* f, int32_t* indices, int dims, const NearestScratch& s) {
+void nearest_sites(const Source& source, const Volume& v, float* f, int32_t* indices, int dims,
+                   const NearestScratch& s) {
   const int64_t n[3] = {v.n[0], v.n[1], v.n[2]}, step[3] = {n[1] * n[2], n[2], 1}, voxels = v.size();
   for (int64_t z = 0; z < n[0]; ++z)
     for (int64_t y = 0; y < n[1]; ++y) {
@@ -619,8 +630,10 @@ void to_dtc(float* phi, const Volume& v) {
 int available_threads(const Exec& exec) { return threads_for(exec, int64_t{1} << 40); }
 
 size_t scratch_bytes(const Volume& v, int threads, bool fp64) {
-  return fp64 ? Scratch<double>::table_bytes(v) + static_cast<size_t>(threads) * Scratch<double>::thread_bytes(v)
-              : Scratch<float>::table_bytes(v) + static_cast<size_t>(threads) * Scratch<float>::thread_bytes(v);
+  return fp64 ? Scratch<double>::table_bytes(v) +
+                    static_cast<size_t>(threads) * Scratch<double>::thread_bytes(v)
+              : Scratch<float>::table_bytes(v) +
+                    static_cast<size_t>(threads) * Scratch<float>::thread_bytes(v);
 }
 
 Volume dense(const int64_t shape[3], const double spacing[3]) {
@@ -630,11 +643,12 @@ Volume dense(const int64_t shape[3], const double spacing[3]) {
 }
 
 template <class T>
-void squared_distance_as(const uint8_t* sites, T* out, void* workspace, const int64_t shape[3], const double spacing[3],
-                         int threads) {
+void squared_distance_as(const uint8_t* sites, T* out, void* workspace, const int64_t shape[3],
+                         const double spacing[3], int threads) {
   const Volume v = dense(shape, spacing);
   const Source source{reinterpret_cast<const char*>(sites), DType::u8, {v.n[1] * v.n[2], v.n[2], 1}, true};
-  transform<T, false>(1, v, [&](int64_t) { return source; }, out, static_cast<char*>(workspace), threads, Finish::squared);
+  transform<T, false>(
+      1, v, [&](int64_t) { return source; }, out, static_cast<char*>(workspace), threads, Finish::squared);
 }
 
 }  // namespace
@@ -642,12 +656,12 @@ void squared_distance_as(const uint8_t* sites, T* out, void* workspace, const in
 size_t squared_distance_workspace(const int64_t shape[3], int threads, bool fp64) {
   return scratch_bytes(dense(shape, nullptr), threads, fp64);
 }
-void squared_distance(const uint8_t* sites, float* out, void* workspace, const int64_t shape[3], const double spacing[3],
-                      int threads) {
+void squared_distance(const uint8_t* sites, float* out, void* workspace, const int64_t shape[3],
+                      const double spacing[3], int threads) {
   squared_distance_as(sites, out, workspace, shape, spacing, threads);
 }
-void squared_distance(const uint8_t* sites, double* out, void* workspace, const int64_t shape[3], const double spacing[3],
-                      int threads) {
+void squared_distance(const uint8_t* sites, double* out, void* workspace, const int64_t shape[3],
+                      const double spacing[3], int threads) {
   squared_distance_as(sites, out, workspace, shape, spacing, threads);
 }
 
@@ -659,8 +673,8 @@ size_t distance_workspace(const Array& mask, int spatial_dims, bool indices, boo
          (contour ? static_cast<size_t>(batch.count * batch.volume.size()) : 0);
 }
 
-void distance_transform_edt(const Array& mask, int spatial_dims, const double* spacing, bool squared, const Array& out,
-                            const Array& indices, void* workspace, const Exec& exec) {
+void distance_transform_edt(const Array& mask, int spatial_dims, const double* spacing, bool squared,
+                            const Array& out, const Array& indices, void* workspace, const Exec& exec) {
   const Batch batch(mask, spatial_dims, spacing);
   const Volume& v = batch.volume;
   const int64_t voxels = v.size();
@@ -668,22 +682,24 @@ void distance_transform_edt(const Array& mask, int spatial_dims, const double* s
   const int threads = threads_for(exec, batch.count * voxels);
   char* memory = static_cast<char*>(workspace);
   if (!indices) {
-    transform<float, false>(batch.count, v, [&](int64_t i) { return batch.item(i); }, to, memory, threads,
-                            squared ? Finish::squared : Finish::root);
+    transform<float, false>(
+        batch.count, v, [&](int64_t i) { return batch.item(i); }, to, memory, threads,
+        squared ? Finish::squared : Finish::root);
     return;
   }
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < batch.count; ++i) {
     const int thread = thread_number();
-    nearest_sites(batch.item(i), v, to + i * voxels, static_cast<int32_t*>(indices.data) + i * spatial_dims * voxels,
-                  spatial_dims, NearestScratch(memory + thread * NearestScratch::bytes(v), v));
+    nearest_sites(batch.item(i), v, to + i * voxels,
+                  static_cast<int32_t*>(indices.data) + i * spatial_dims * voxels, spatial_dims,
+                  NearestScratch(memory + thread * NearestScratch::bytes(v), v));
     if (!squared)
       for (int64_t at = 0; at < voxels; ++at) to[i * voxels + at] = sqrt_(to[i * voxels + at]);
   }
 }
 
-void signed_distance_map(const Array& mask, int spatial_dims, const double* spacing, SignedMap convention, bool normalize,
-                         const Array& out, void* workspace, const Exec& exec) {
+void signed_distance_map(const Array& mask, int spatial_dims, const double* spacing, SignedMap convention,
+                         bool normalize, const Array& out, void* workspace, const Exec& exec) {
   const Batch batch(mask, spatial_dims, spacing);
   const Volume& v = batch.volume;
   const int64_t voxels = v.size(), slices = batch.count * v.n[0];
@@ -697,7 +713,8 @@ void signed_distance_map(const Array& mask, int spatial_dims, const double* spac
     for (int64_t slice = 0; slice < slices; ++slice)
       contour_codes(batch.item(slice / v.n[0]), v, codes + slice / v.n[0] * voxels, slice % v.n[0]);
     const auto coded = [&](int64_t i) {
-      return Source{reinterpret_cast<const char*>(codes + i * voxels), DType::u8, {v.n[1] * v.n[2], v.n[2], 1}, false};
+      return Source{
+          reinterpret_cast<const char*>(codes + i * voxels), DType::u8, {v.n[1] * v.n[2], v.n[2], 1}, false};
     };
     transform<float, false>(batch.count, v, coded, phi, memory, threads, Finish::root);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -706,7 +723,8 @@ void signed_distance_map(const Array& mask, int spatial_dims, const double* spac
       for (int64_t i = at; i < at + v.n[1] * v.n[2]; ++i) phi[i] = codes[i] == 2 ? -phi[i] : phi[i];
     }
   } else {
-    transform<float, true>(batch.count, v, [&](int64_t i) { return batch.item(i); }, phi, memory, threads, Finish::two_sided);
+    transform<float, true>(
+        batch.count, v, [&](int64_t i) { return batch.item(i); }, phi, memory, threads, Finish::two_sided);
   }
   if (convention == SignedMap::two_sided && !normalize) return;
   if (convention == SignedMap::boundary && !normalize) return;
@@ -714,8 +732,10 @@ void signed_distance_map(const Array& mask, int spatial_dims, const double* spac
   for (int64_t i = 0; i < batch.count; ++i) {
     float* item = phi + i * voxels;
     if (convention == SignedMap::kervadec) to_kervadec(item, voxels);
-    if (convention == SignedMap::dtc) to_dtc(item, v);
-    else if (normalize) normalise(item, voxels);
+    if (convention == SignedMap::dtc)
+      to_dtc(item, v);
+    else if (normalize)
+      normalise(item, voxels);
   }
 }
 
@@ -729,6 +749,6 @@ NOISYSEG_API(void, distance_transform_edt,
               const Array& indices, void* workspace, const Exec& exec),
              (mask, spatial_dims, spacing, squared, out, indices, workspace, exec))
 NOISYSEG_API(void, signed_distance_map,
-             (const Array& mask, int spatial_dims, const double* spacing, SignedMap convention, bool normalize,
-              const Array& out, void* workspace, const Exec& exec),
+             (const Array& mask, int spatial_dims, const double* spacing, SignedMap convention,
+              bool normalize, const Array& out, void* workspace, const Exec& exec),
              (mask, spatial_dims, spacing, convention, normalize, out, workspace, exec))

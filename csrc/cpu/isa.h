@@ -20,26 +20,30 @@ Isa isa();  // the best one this CPU runs, or what NOISYSEG_ISA in the environme
 
 #ifdef NOISYSEG_ISA_BASELINE
 #ifdef NOISYSEG_MULTI_ISA
-#define NOISYSEG_DISPATCH(Return, name, params, args)                \
-  namespace noisyseg {                                               \
-  namespace avx2 { Return name params; }                             \
-  namespace avx512 { Return name params; }                           \
-  namespace cpu {                                                    \
-  Return name params {                                               \
-    switch (isa()) {                                                 \
-      case Isa::avx512: return avx512::name args;                    \
-      case Isa::avx2: return avx2::name args;                        \
-      default: return baseline::name args;                           \
-    }                                                                \
-  }                                                                  \
-  }                                                                  \
+#define NOISYSEG_DISPATCH(Return, name, params, args) \
+  namespace noisyseg {                                \
+  namespace avx2 {                                    \
+  Return name params;                                 \
+  }                                                   \
+  namespace avx512 {                                  \
+  Return name params;                                 \
+  }                                                   \
+  namespace cpu {                                     \
+  Return name params {                                \
+    switch (isa()) {                                  \
+      case Isa::avx512: return avx512::name args;     \
+      case Isa::avx2: return avx2::name args;         \
+      default: return baseline::name args;            \
+    }                                                 \
+  }                                                   \
+  }                                                   \
   }
 #else
-#define NOISYSEG_DISPATCH(Return, name, params, args)                \
-  namespace noisyseg {                                               \
-  namespace cpu {                                                    \
-  Return name params { return baseline::name args; }                 \
-  }                                                                  \
+#define NOISYSEG_DISPATCH(Return, name, params, args) \
+  namespace noisyseg {                                \
+  namespace cpu {                                     \
+  Return name params { return baseline::name args; }  \
+  }                                                   \
   }
 #endif
 #else
@@ -54,14 +58,16 @@ Isa isa();  // the best one this CPU runs, or what NOISYSEG_ISA in the environme
 #else
 #define NOISYSEG_CALL_CUDA(call) throw std::runtime_error("noisyseg was built without CUDA")
 #endif
-#define NOISYSEG_API(Return, name, params, args)      \
-  NOISYSEG_DISPATCH(Return, name, params, args)       \
-  namespace noisyseg {                                \
-  namespace cuda { Return name params; }              \
-  Return name params {                                \
-    if (exec.device < 0) return cpu::name args;       \
-    NOISYSEG_CALL_CUDA(cuda::name args);              \
-  }                                                   \
+#define NOISYSEG_API(Return, name, params, args) \
+  NOISYSEG_DISPATCH(Return, name, params, args)  \
+  namespace noisyseg {                           \
+  namespace cuda {                               \
+  Return name params;                            \
+  }                                              \
+  Return name params {                           \
+    if (exec.device < 0) return cpu::name args;  \
+    NOISYSEG_CALL_CUDA(cuda::name args);         \
+  }                                              \
   }
 #else
 #define NOISYSEG_API(Return, name, params, args)

@@ -1,17 +1,17 @@
-// Exact Euclidean distance transforms on CUDA: no padding, no synchronisation, the caller's memory and stream.
+// Exact Euclidean distance transforms on CUDA: no padding, no synchronisation, the caller's memory and
+// stream.
 //
-// Volumes (n0, n1, n2) of up to 6,144 voxels: one block each, both buffers in shared memory, one launch; the mask is
-// read once and the result written once (5 bytes per voxel for uint8).
-// Larger ones, one kernel for each axis, threads along the contiguous one: run lengths along axis 1 (mask -> result),
-// outward search along axis 2 from rows in shared memory (result -> workspace), along axis 0 (workspace -> result):
-// 21 bytes per voxel in 3D, 13 in 2D, plus what the search along axis 0 misses in the caches. The search takes as
-// many steps as the distance is long (formulas/distance.h).
-#include "noisyseg/distance.h"
-
+// Volumes (n0, n1, n2) of up to 6,144 voxels: one block each, both buffers in shared memory, one launch; the
+// mask is read once and the result written once (5 bytes per voxel for uint8). Larger ones, one kernel for
+// each axis, threads along the contiguous one: run lengths along axis 1 (mask -> result), outward search
+// along axis 2 from rows in shared memory (result -> workspace), along axis 0 (workspace -> result): 21 bytes
+// per voxel in 3D, 13 in 2D, plus what the search along axis 0 misses in the caches. The search takes as many
+// steps as the distance is long (formulas/distance.h).
 #include "cuda/edt.cuh"
 #include "cuda/launch.h"
 #include "formulas/distance.h"
 #include "formulas/math.h"
+#include "noisyseg/distance.h"
 
 namespace noisyseg::cuda {
 namespace {
@@ -132,13 +132,15 @@ template <bool two_classes>
 __global__ void __launch_bounds__(threads) small_volume(Source source, Volume v, Finish finish, float* out) {
   NOISYSEG_SHARED(float, a);
   // Small enough for 32 bits, whose divisions need no subroutine.
-  const int n0 = static_cast<int>(v.n[0]), n2 = static_cast<int>(v.n[2]), slice = static_cast<int>(v.n[1]) * n2;
+  const int n0 = static_cast<int>(v.n[0]), n2 = static_cast<int>(v.n[2]),
+            slice = static_cast<int>(v.n[1]) * n2;
   const int voxels = n0 * slice;
   float* b = a + voxels;
   const int64_t offset = item_offset(source, blockIdx.x);
   for (int c = static_cast<int>(threadIdx.x); c < n0 * n2; c += threads) {
     const int z = c / n2, x = c % n2;
-    sweep_column<two_classes>(source, offset + z * source.strides[0] + x * source.strides[2], v, a + z * slice + x);
+    sweep_column<two_classes>(source, offset + z * source.strides[0] + x * source.strides[2], v,
+                              a + z * slice + x);
   }
   __syncthreads();
   for (int at = static_cast<int>(threadIdx.x); at < voxels; at += threads) {
@@ -161,14 +163,15 @@ __global__ void __launch_bounds__(threads) sweep_columns(Source source, Volume v
   const int64_t c = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
   if (c >= columns) return;
   const int64_t x = c % v.n[2], slice = c / v.n[2], z = slice % v.n[0], item = slice / v.n[0];
-  sweep_column<two_classes>(source, item_offset(source, item) + z * source.strides[0] + x * source.strides[2], v,
-                            f + slice * v.n[1] * v.n[2] + x);
+  sweep_column<two_classes>(source, item_offset(source, item) + z * source.strides[0] + x * source.strides[2],
+                            v, f + slice * v.n[1] * v.n[2] + x);
 }
 
 // A block for `rows` neighbouring rows of axis 2, in dynamic shared memory if they fit.
 template <bool two_classes>
 __global__ void __launch_bounds__(threads)
-    search_rows(const float* from, float* to, Volume v, int64_t all_rows, int rows, bool staged, Finish finish) {
+    search_rows(const float* from, float* to, Volume v, int64_t all_rows, int rows, bool staged,
+                Finish finish) {
   NOISYSEG_SHARED(float, shared);
   const int64_t n = v.n[2], first = static_cast<int64_t>(blockIdx.x) * rows;
   const int64_t count = (all_rows - first < rows ? all_rows - first : rows) * n;
@@ -205,23 +208,26 @@ void transform(const Source& source, int64_t count, const Volume& v, float* out,
   if (all == 0) return;
   if (voxels <= small_voxels && count < (int64_t{1} << 31)) {
     const size_t shared = static_cast<size_t>(2 * voxels) * sizeof(float);
-    NOISYSEG_LAUNCH((small_volume<two_classes>), static_cast<unsigned>(count), threads, shared, exec, source, v, finish,
-                    out);
+    NOISYSEG_LAUNCH((small_volume<two_classes>), static_cast<unsigned>(count), threads, shared, exec, source,
+                    v, finish, out);
     return;
   }
   const bool planes = v.n[0] > 1;
   float* swept = planes ? out : work;
   float* searched = planes ? work : out;
   const int64_t rows = all / v.n[2], columns = all / v.n[1];
-  NOISYSEG_LAUNCH((sweep_columns<two_classes>), blocks_for(columns), threads, 0, exec, source, v, columns, swept);
+  NOISYSEG_LAUNCH((sweep_columns<two_classes>), blocks_for(columns), threads, 0, exec, source, v, columns,
+                  swept);
   const bool staged = v.n[2] <= row_limit;
   const int64_t fit = v.n[2] < 1024 ? 1024 / v.n[2] : 1;
   const int together = static_cast<int>(fit < 8 ? fit : 8);
   const size_t shared = staged ? static_cast<size_t>(together * v.n[2]) * sizeof(float) : 0;
-  NOISYSEG_LAUNCH((search_rows<two_classes>), static_cast<unsigned>((rows + together - 1) / together), threads, shared,
-                  exec, swept, searched, v, rows, together, staged, planes ? Finish::squared : finish);
+  NOISYSEG_LAUNCH((search_rows<two_classes>), static_cast<unsigned>((rows + together - 1) / together),
+                  threads, shared, exec, swept, searched, v, rows, together, staged,
+                  planes ? Finish::squared : finish);
   if (planes)
-    NOISYSEG_LAUNCH((search_planes<two_classes>), blocks_for(all), threads, 0, exec, searched, out, v, all, finish);
+    NOISYSEG_LAUNCH((search_planes<two_classes>), blocks_for(all), threads, 0, exec, searched, out, v, all,
+                    finish);
 }
 
 // ---- conventions ----------------------------------------------------------------------------------
@@ -246,13 +252,14 @@ __device__ inline bool on_inner_contour(const Source& s, const Volume& v, int64_
 }
 
 // Codes of the boundary convention: 0 on the inner contour, 1 outside, 2 inside.
-__global__ void __launch_bounds__(threads) contour_codes(Source source, Volume v, int64_t all, uint8_t* codes) {
+__global__ void __launch_bounds__(threads)
+    contour_codes(Source source, Volume v, int64_t all, uint8_t* codes) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
   if (at >= all) return;
   const int64_t voxels = v.size(), item = at / voxels, in_item = at % voxels;
   const int64_t z = in_item / (v.n[1] * v.n[2]), y = in_item / v.n[2] % v.n[1], x = in_item % v.n[2];
-  const bool object = class_at(source, item_offset(source, item) + z * source.strides[0] + y * source.strides[1] +
-                                           x * source.strides[2]);
+  const bool object = class_at(source, item_offset(source, item) + z * source.strides[0] +
+                                           y * source.strides[1] + x * source.strides[2]);
   codes[at] = static_cast<uint8_t>(!object ? 1 : on_inner_contour(source, v, item, in_item) ? 0 : 2);
 }
 
@@ -285,8 +292,8 @@ __global__ void __launch_bounds__(threads) item_maxima(const float* phi, int64_t
 __device__ inline float sign_of(float x) { return x > 0.f ? 1.f : x < 0.f ? -1.f : 0.f; }
 
 __global__ void __launch_bounds__(threads)
-    apply_convention(Source source, Volume v, int64_t all, const unsigned* maxima, SignedMap convention, bool normalize,
-                     float* phi) {
+    apply_convention(Source source, Volume v, int64_t all, const unsigned* maxima, SignedMap convention,
+                     bool normalize, float* phi) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
   if (at >= all) return;
   const int64_t voxels = v.size(), item = at / voxels;
@@ -359,13 +366,13 @@ size_t squared_distance_workspace(int64_t batch, const int64_t shape[3]) {
   return work_bytes(batch, Volume{{shape[0], shape[1], shape[2]}, {1.f, 1.f, 1.f}});
 }
 
-void squared_distance(const uint8_t* sites, float* out, void* workspace, int64_t batch, const int64_t shape[3],
-                      const double spacing[3], const Exec& exec) {
+void squared_distance(const uint8_t* sites, float* out, void* workspace, int64_t batch,
+                      const int64_t shape[3], const double spacing[3], const Exec& exec) {
   const DeviceGuard guard(exec.device);
   Volume v{{shape[0], shape[1], shape[2]}, {1.f, 1.f, 1.f}};
   for (int d = 0; d < 3; ++d) v.w2[d] = static_cast<float>(spacing[d] * spacing[d]);
-  transform<false>(dense_source(sites, batch, v, true), batch, v, out, static_cast<float*>(workspace), Finish::squared,
-                   exec);
+  transform<false>(dense_source(sites, batch, v, true), batch, v, out, static_cast<float*>(workspace),
+                   Finish::squared, exec);
 }
 
 size_t distance_workspace(const Array& mask, int spatial_dims, bool, bool contour, const Exec&) {
@@ -375,8 +382,8 @@ size_t distance_workspace(const Array& mask, int spatial_dims, bool, bool contou
          (contour ? static_cast<size_t>(count * v.size()) : 0);
 }
 
-void distance_transform_edt(const Array& mask, int spatial_dims, const double* spacing, bool squared, const Array& out,
-                            const Array& indices, void* workspace, const Exec& exec) {
+void distance_transform_edt(const Array& mask, int spatial_dims, const double* spacing, bool squared,
+                            const Array& out, const Array& indices, void* workspace, const Exec& exec) {
   if (indices) throw std::invalid_argument("indices are not available on a CUDA device");
   const DeviceGuard guard(exec.device);
   transform<false>(make_source(mask, spatial_dims), count_of(mask, spatial_dims),
@@ -397,7 +404,8 @@ void signed_distance_map(const Array& mask, int spatial_dims, const double* spac
   float* work = static_cast<float*>(workspace);
   unsigned* maxima = reinterpret_cast<unsigned*>(memory + work_bytes(count, v));
   if (convention == SignedMap::boundary) {
-    uint8_t* codes = reinterpret_cast<uint8_t*>(maxima) + round_up(static_cast<size_t>(2 * count) * sizeof(unsigned));
+    uint8_t* codes =
+        reinterpret_cast<uint8_t*>(maxima) + round_up(static_cast<size_t>(2 * count) * sizeof(unsigned));
     NOISYSEG_LAUNCH((contour_codes), blocks_for(all), threads, 0, exec, source, v, all, codes);
     transform<false>(dense_source(codes, count, v, false), count, v, phi, work, Finish::root, exec);
     NOISYSEG_LAUNCH((set_inside), blocks_for(all), threads, 0, exec, codes, all, phi);
@@ -411,8 +419,8 @@ void signed_distance_map(const Array& mask, int spatial_dims, const double* spac
   const int64_t wanted = (v.size() + 8 * threads - 1) / (8 * threads), most = 1024;
   const dim3 grid(static_cast<unsigned>(wanted < most ? wanted : most), static_cast<unsigned>(count));
   NOISYSEG_LAUNCH((item_maxima), grid, threads, 0, exec, phi, v.size(), maxima);
-  NOISYSEG_LAUNCH((apply_convention), blocks_for(all), threads, 0, exec, source, v, all, maxima, convention, normalize,
-                  phi);
+  NOISYSEG_LAUNCH((apply_convention), blocks_for(all), threads, 0, exec, source, v, all, maxima, convention,
+                  normalize, phi);
 }
 
 }  // namespace noisyseg::cuda

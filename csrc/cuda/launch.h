@@ -39,16 +39,16 @@ class DeviceGuard {
 }  // namespace noisyseg::cuda
 
 // NOISYSEG_LAUNCH((kernel<T, 3>), grid, block, dynamic shared bytes, exec, arguments...)
-#define NOISYSEG_LAUNCH(kernel, grid, block, shared, exec, ...)                                  \
-  do {                                                                                           \
+#define NOISYSEG_LAUNCH(kernel, grid, block, shared, exec, ...)                                       \
+  do {                                                                                                \
     NOISYSEG_UNPAREN kernel<<<(grid), (block), (shared), static_cast<cudaStream_t>((exec).stream)>>>( \
-        __VA_ARGS__);                                                                            \
-    ::noisyseg::cuda::check(cudaGetLastError(), #kernel);                                        \
+        __VA_ARGS__);                                                                                 \
+    ::noisyseg::cuda::check(cudaGetLastError(), #kernel);                                             \
   } while (0)
 #define NOISYSEG_UNPAREN(...) __VA_ARGS__
 
 // extern __shared__ memory of the given type: NOISYSEG_SHARED(float, tile);
-#define NOISYSEG_SHARED(type, name)                                  \
-  extern __shared__ __align__(16) unsigned char noisyseg_shared_[];  \
+#define NOISYSEG_SHARED(type, name)                                 \
+  extern __shared__ __align__(16) unsigned char noisyseg_shared_[]; \
   type* name = reinterpret_cast<type*>(noisyseg_shared_)
 #endif

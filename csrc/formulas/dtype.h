@@ -26,8 +26,8 @@ NOISYSEG_FORMULA float half_to_float(Half x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16;
   // 2^112 moves half's exponent range onto float's and makes its denormals normal numbers on the way.
   const float scaled = bits_to_float(static_cast<int32_t>(magnitude << 13)) * 5.192296858534828e33f;
-  const uint32_t bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u
-                                             : static_cast<uint32_t>(float_to_bits(scaled));
+  const uint32_t bits =
+      magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : static_cast<uint32_t>(float_to_bits(scaled));
   return bits_to_float(static_cast<int32_t>(bits | sign));
 }
 NOISYSEG_FORMULA Half float_to_half(float f) {  // to nearest even, overflow to inf
@@ -36,8 +36,8 @@ NOISYSEG_FORMULA Half float_to_half(float f) {  // to nearest even, overflow to 
   const uint32_t a = u & 0x7fffffffu;
   const uint32_t normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
   // Below 2^-14: adding 1/2 leaves the denormal's bits, rounded, at the low end of the mantissa.
-  const uint32_t denormal = static_cast<uint32_t>(
-      float_to_bits(bits_to_float(static_cast<int32_t>(a)) + 0.5f) - 0x3f000000);
+  const uint32_t denormal =
+      static_cast<uint32_t>(float_to_bits(bits_to_float(static_cast<int32_t>(a)) + 0.5f) - 0x3f000000);
   uint32_t bits = a < 0x38800000u ? denormal : normal;
   bits = a >= 0x477ff000u ? 0x7c00u : bits;
   bits = a > 0x7f800000u ? 0x7e00u : bits;
@@ -72,16 +72,16 @@ NOISYSEG_FORMULA void assign(Half& to, T x) {
 }
 
 // CASE(type) for the type that stands behind a DType.
-#define NOISYSEG_DTYPE_CASES(dtype, CASE)      \
-  switch (dtype) {                             \
-    case DType::u8:                            \
-    case DType::b8: CASE(uint8_t) break;       \
-    case DType::i32: CASE(int32_t) break;      \
-    case DType::i64: CASE(int64_t) break;      \
-    case DType::f16: CASE(::noisyseg::formulas::Half) break;     \
+#define NOISYSEG_DTYPE_CASES(dtype, CASE)                         \
+  switch (dtype) {                                                \
+    case DType::u8:                                               \
+    case DType::b8: CASE(uint8_t) break;                          \
+    case DType::i32: CASE(int32_t) break;                         \
+    case DType::i64: CASE(int64_t) break;                         \
+    case DType::f16: CASE(::noisyseg::formulas::Half) break;      \
     case DType::bf16: CASE(::noisyseg::formulas::BFloat16) break; \
-    case DType::f32: CASE(float) break;        \
-    case DType::f64: CASE(double) break;       \
+    case DType::f32: CASE(float) break;                           \
+    case DType::f64: CASE(double) break;                          \
   }
 
 }  // namespace noisyseg::formulas

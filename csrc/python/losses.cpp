@@ -9,8 +9,13 @@ using Address = std::uintptr_t;
 
 RegionOptions region_options(int kind, int activation, double gamma, bool squared, bool per_image,
                              bool include_background, double eps) {
-  return {static_cast<RegionLoss>(kind), static_cast<Activation>(activation), gamma, squared, per_image,
-          include_background, eps};
+  return {static_cast<RegionLoss>(kind),
+          static_cast<Activation>(activation),
+          gamma,
+          squared,
+          per_image,
+          include_background,
+          eps};
 }
 using RegionTuple = std::tuple<int, int, double, bool, bool, bool, double>;
 

@@ -32,7 +32,8 @@ py::dict build_info() {
 }  // namespace noisyseg
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "Compiled kernels of noisyseg_fast. Takes addresses, never tensors; see noisyseg_fast/_arrays.py.";
+  m.doc() =
+      "Compiled kernels of noisyseg_fast. Takes addresses, never tensors; see noisyseg_fast/_arrays.py.";
   m.def("build_info", &noisyseg::build_info);
   noisyseg::bind_losses(m);
   noisyseg::bind_distance(m);

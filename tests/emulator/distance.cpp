@@ -9,11 +9,13 @@
 
 #include "cuda/edt.cuh"
 
-#define DECLARE(space)                                                                                            \
-  namespace noisyseg::space {                                                                                     \
-  size_t distance_workspace(const Array&, int, bool, bool, const Exec&);                                          \
-  void distance_transform_edt(const Array&, int, const double*, bool, const Array&, const Array&, void*, const Exec&); \
-  void signed_distance_map(const Array&, int, const double*, SignedMap, bool, const Array&, void*, const Exec&);   \
+#define DECLARE(space)                                                                                   \
+  namespace noisyseg::space {                                                                            \
+  size_t distance_workspace(const Array&, int, bool, bool, const Exec&);                                 \
+  void distance_transform_edt(const Array&, int, const double*, bool, const Array&, const Array&, void*, \
+                              const Exec&);                                                              \
+  void signed_distance_map(const Array&, int, const double*, SignedMap, bool, const Array&, void*,       \
+                           const Exec&);                                                                 \
   }
 DECLARE(cpu)
 DECLARE(cuda)
@@ -47,13 +49,15 @@ void compare(const std::vector<float>& cpu, const std::vector<float>& gpu, doubl
     if (same) continue;
     std::printf("%s, mask %s, shape", what, mask);
     for (int64_t n : shape) std::printf(" %ld", static_cast<long>(n));
-    std::printf(": voxel %zu is %.9g, the CPU has %.9g\n", i, static_cast<double>(gpu[i]), static_cast<double>(cpu[i]));
+    std::printf(": voxel %zu is %.9g, the CPU has %.9g\n", i, static_cast<double>(gpu[i]),
+                static_cast<double>(cpu[i]));
     ++failures;
     return;
   }
 }
 
-void run(const std::vector<int64_t>& shape, int dims, const double* spacing, const char* kind, unsigned seed) {
+void run(const std::vector<int64_t>& shape, int dims, const double* spacing, const char* kind,
+         unsigned seed) {
   size_t n = 1;
   for (int64_t extent : shape) n *= static_cast<size_t>(extent);
   std::mt19937 random(seed);
@@ -76,8 +80,10 @@ void run(const std::vector<int64_t>& shape, int dims, const double* spacing, con
   for (bool squared : {false, true}) {
     std::vector<float> a(n, -7), b(n, -7);
     auto wa = work(false, host), wb = work(false, device);
-    cpu::distance_transform_edt(mask, dims, spacing, squared, dense(a, DType::f32, shape), {}, wa.data(), host);
-    cuda::distance_transform_edt(mask, dims, spacing, squared, dense(b, DType::f32, shape), {}, wb.data(), device);
+    cpu::distance_transform_edt(mask, dims, spacing, squared, dense(a, DType::f32, shape), {}, wa.data(),
+                                host);
+    cuda::distance_transform_edt(mask, dims, spacing, squared, dense(b, DType::f32, shape), {}, wb.data(),
+                                 device);
     compare(a, b, tolerance, squared ? "squared edt" : "edt", shape, kind);
   }
   const char* const names[] = {"boundary", "two_sided", "kervadec", "dtc"};
@@ -86,8 +92,10 @@ void run(const std::vector<int64_t>& shape, int dims, const double* spacing, con
       std::vector<float> a(n, -7), b(n, -7);
       auto wa = work(convention == 0, host), wb = work(convention == 0, device);
       const auto c = static_cast<SignedMap>(convention);
-      cpu::signed_distance_map(mask, dims, spacing, c, normalize, dense(a, DType::f32, shape), wa.data(), host);
-      cuda::signed_distance_map(mask, dims, spacing, c, normalize, dense(b, DType::f32, shape), wb.data(), device);
+      cpu::signed_distance_map(mask, dims, spacing, c, normalize, dense(a, DType::f32, shape), wa.data(),
+                               host);
+      cuda::signed_distance_map(mask, dims, spacing, c, normalize, dense(b, DType::f32, shape), wb.data(),
+                                device);
       compare(a, b, tolerance, names[convention], shape, kind);
     }
   if (dims == 3 && shape.size() == 4 && seed % 2 == 0) {
@@ -98,7 +106,8 @@ void run(const std::vector<int64_t>& shape, int dims, const double* spacing, con
     std::vector<uint64_t> wb(cuda::squared_distance_workspace(shape[0], &shape[1]) / 8 + 1);
     const double ones[3] = {1, 1, 1};
     cpu::distance_transform_edt(mask, dims, spacing, true, dense(a, DType::f32, shape), {}, wa.data(), host);
-    cuda::squared_distance(sites.data(), b.data(), wb.data(), shape[0], &shape[1], spacing ? spacing : ones, device);
+    cuda::squared_distance(sites.data(), b.data(), wb.data(), shape[0], &shape[1], spacing ? spacing : ones,
+                           device);
     compare(a, b, tolerance, "squared_distance", shape, kind);
   }
 }
@@ -115,10 +124,10 @@ int main() {
     run({2, 8, 8}, 2, nullptr, kind, seed++);
     run({1, 3, 4, 5}, 3, spacing, kind, seed++);
     run({2, 5, 1, 7}, 3, nullptr, kind, seed++);
-    run({1, 80, 81}, 2, nullptr, kind, seed++);       // too large for one block: one kernel for each axis
+    run({1, 80, 81}, 2, nullptr, kind, seed++);  // too large for one block: one kernel for each axis
     run({1, 6, 40, 33}, 3, spacing, kind, seed++);
   }
-  run({1, 13000}, 1, nullptr, "random", 2);           // a row that does not fit shared memory
+  run({1, 13000}, 1, nullptr, "random", 2);  // a row that does not fit shared memory
   std::printf(failures ? "%d differences\n" : "distance: CUDA and CPU agree\n", failures);
   return failures != 0;
 }

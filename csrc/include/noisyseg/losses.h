@@ -15,10 +15,10 @@ enum class RegionLoss : int { nr_dice, dice };
 struct RegionOptions {
   RegionLoss kind = RegionLoss::nr_dice;
   Activation activation = Activation::sigmoid;
-  double gamma = 1.5;             // exponent of nr_dice, in [1, 2]
-  bool squared = true;            // denominator sum p^2 + sum g^2, else sum p + sum g
-  bool per_image = true;          // else sums run over the batch
-  bool include_background = true; // else channel 0 has no part in the loss
+  double gamma = 1.5;              // exponent of nr_dice, in [1, 2]
+  bool squared = true;             // denominator sum p^2 + sum g^2, else sum p + sum g
+  bool per_image = true;           // else sums run over the batch
+  bool include_background = true;  // else channel 0 has no part in the loss
   double eps = 1e-5;
 };
 
