@@ -57,10 +57,6 @@ class _Numpy(Namespace):
 
     def view(self, x: np.ndarray[Any, Any]) -> View:
         size = x.itemsize
-        if any(s % size for s in x.strides) or not x.flags.aligned or not x.dtype.isnative:
-            raise ValueError(
-                "array is misaligned or not in native byte order; pass numpy.ascontiguousarray(x, dtype=...)"
-            )
         return (
             x.__array_interface__["data"][0],
             _code(str(x.dtype)),
@@ -125,22 +121,28 @@ class _Cupy(Namespace):
 
 
 class _Dlpack(Namespace):
-    """A foreign CPU array: seen through NumPy, given back through its own from_dlpack."""
+    """A foreign CPU array: seen through NumPy, given back through its own from_dlpack, if it has one."""
 
     name = "dlpack"
 
     def __init__(self, like: Any) -> None:
         self._numpy = _Numpy()
         self._like = like
+        self._seen: dict[int, np.ndarray[Any, Any]] = {}  # also keeps alive what an exporter had to copy
 
-    def _as_numpy(self, x: Any) -> np.ndarray[Any, Any]:
-        return x if isinstance(x, np.ndarray) else np.from_dlpack(x)
+    def as_numpy(self, x: Any) -> np.ndarray[Any, Any]:
+        if isinstance(x, np.ndarray):
+            return x
+        seen = self._seen.get(id(x))
+        if seen is None:
+            seen = self._seen[id(x)] = np.from_dlpack(x)
+        return seen
 
     def view(self, x: Any) -> View:
-        return self._numpy.view(self._as_numpy(x))
+        return self._numpy.view(self.as_numpy(x))
 
     def dtype(self, x: Any) -> str:
-        return str(self._as_numpy(x).dtype)
+        return str(self.as_numpy(x).dtype)
 
     def empty(self, shape: Sequence[int], dtype: str) -> np.ndarray[Any, Any]:
         return self._numpy.empty(shape, dtype)
@@ -164,34 +166,65 @@ def _code(dtype: str) -> int:
 
 def _one(x: Any, name: str) -> Namespace:
     torch = sys.modules.get("torch")
+    space: Namespace | None
     if torch is not None and isinstance(x, torch.Tensor):
+        if x.layout is not torch.strided or x.is_nested:
+            kind = "nested" if x.is_nested else f"not dense ({x.layout})"
+            raise TypeError(f"{name} is {kind}; pass a dense tensor, as {name}.to_dense()")
         space = _TORCH.get(x.device)
         if space is None:
             if x.device.type not in ("cpu", "cuda"):
                 raise TypeError(f"{name} is on device {x.device}; supported are cpu and cuda")
             if not _TORCH_CODE:
                 _TORCH_CODE.update({getattr(torch, d): c for d, c in _CODE.items()})
-            space = _TORCH[x.device] = _Torch(x.device)
-        if x.layout is not torch.strided:
-            raise TypeError(f"{name} is a sparse tensor ({x.layout}); pass {name}.to_dense()")
+            if x.device.type == "cpu":  # "cpu" and "cpu:0" are one place
+                space = _TORCH.setdefault(torch.device("cpu"), _Torch(torch.device("cpu")))
+            else:
+                space = _Torch(x.device)
+            _TORCH[x.device] = space
         if x.dtype not in _TORCH_CODE:
-            raise TypeError(f"{name} has dtype {x.dtype}; use one of {', '.join(DTYPES)}")
+            _check_known(name, x.dtype)
+        if x.is_neg():  # its memory holds the opposite of its values
+            raise TypeError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
         return space
     if isinstance(x, np.ndarray):
-        if str(x.dtype) not in _CODE and str(x.dtype.newbyteorder("=")) not in _CODE:
-            raise TypeError(f"{name} has dtype {x.dtype}; use one of {', '.join(DTYPES)}")
+        _check_known(name, x.dtype.newbyteorder("="))
+        _check_numpy(name, x)
         return _NUMPY
     if type(x).__module__.split(".")[0] == "cupy" and hasattr(x, "data"):
+        _check_known(name, x.dtype)
         device = int(x.device.id)
         return _CUPY.setdefault(device, _Cupy(device))
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
-        kind = int(x.__dlpack_device__()[0])
-        if kind == 1:
-            return _Dlpack(x)
-        raise TypeError(f"{name} is a {type(x).__name__} on a GPU; pass torch.from_dlpack({name}) or CuPy's")
+        if int(x.__dlpack_device__()[0]) != 1:
+            raise TypeError(f"{name} is a {type(x).__name__} on a GPU; pass torch.from_dlpack({name})")
+        if not hasattr(x, "shape"):
+            raise TypeError(f"{name} is a {type(x).__name__} without a shape; pass numpy.from_dlpack({name})")
+        foreign = _Dlpack(x)
+        try:
+            seen = foreign.as_numpy(x)
+        except Exception as error:
+            raise TypeError(f"{name} is a {type(x).__name__} that NumPy cannot take: {error}") from error
+        _check_known(name, seen.dtype)
+        _check_numpy(name, seen)
+        return foreign
     raise TypeError(
         f"{name} must be a torch tensor, a NumPy or CuPy array or a DLPack object, not {type(x).__name__}"
     )
+
+
+def _check_known(name: str, dtype: Any) -> None:
+    if str(dtype) not in _CODE:
+        raise TypeError(f"{name} has dtype {dtype}; use one of {', '.join(DTYPES)}")
+
+
+def _check_numpy(name: str, x: np.ndarray[Any, Any]) -> None:
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; pass {name}.filled(0) or another value")
+    if not x.dtype.isnative:
+        raise ValueError(f"{name} is not in native byte order; pass {name}.astype({x.dtype.name!r})")
+    if not x.flags.aligned or any(s % x.itemsize for s in x.strides):
+        raise ValueError(f"{name} has misaligned elements; pass {name}.copy()")
 
 
 def of(**arrays: Any) -> Namespace:
@@ -211,7 +244,8 @@ def of(**arrays: Any) -> Namespace:
         elif space is not first and not (space.name == first.name == "dlpack"):
             if space.name != first.name:
                 raise TypeError(
-                    f"{first_name} is a {first.name} array and {name} a {space.name} array; pass both as one kind"
+                    f"{first_name} is a {first.name} array and {name} a {space.name} array; "
+                    "pass both as one kind"
                 )
             raise ValueError(
                 f"{first_name} is on device {_device_name(first)} and {name} on {_device_name(space)}; "
@@ -252,10 +286,13 @@ def spacing_per_axis(spacing: float | Sequence[float] | None, spatial_dims: int)
     """spacing as one positive finite float for each spatial axis; None is 1."""
     if spacing is None:
         return (1.0,) * spatial_dims
-    if isinstance(spacing, (int, float)):
-        values: tuple[float, ...] = (float(spacing),) * spatial_dims
-    else:
-        values = tuple(float(s) for s in spacing)
+    try:
+        if isinstance(spacing, str):
+            raise TypeError
+        given: Any = spacing
+        values = (float(given),) * spatial_dims if np.ndim(given) == 0 else tuple(map(float, given))
+    except (TypeError, ValueError):
+        raise TypeError(f"spacing must be a number or one for each spatial axis, got {spacing!r}") from None
     if len(values) != spatial_dims:
         raise ValueError(f"spacing has {len(values)} values for {spatial_dims} spatial axes")
     if not all(0 < s < float("inf") for s in values):

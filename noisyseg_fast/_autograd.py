@@ -21,7 +21,9 @@ def _no_gradient(**tensors: Tensor | None) -> None:
     if torch.is_grad_enabled():
         for name, x in tensors.items():
             if x is not None and x.requires_grad:
-                raise ValueError(f"{name} requires a gradient, but only logits receive one; pass {name}.detach()")
+                raise ValueError(
+                    f"{name} requires a gradient, but only logits receive one; pass {name}.detach()"
+                )
 
 
 def _region_grad(
@@ -95,7 +97,7 @@ class _RegionLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Any, _: Any) -> Any:
         if grad_loss is None:
             return (None,) * 6
@@ -121,7 +123,7 @@ class _PixelLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Any, _: Any) -> Any:
         if grad_loss is None:
             return (None,) * 7
@@ -151,7 +153,7 @@ def _region_op(
     reduction: int,
 ) -> tuple[Tensor, Tensor]:
     options = (kind, activation, gamma, squared, per_image, include_background, eps)
-    return losses.region_forward(_arrays.of(logits=logits), logits, target, weight, mask, options, reduction)  # type: ignore[return-value]
+    return losses.region_forward(_arrays.of(logits=logits), logits, target, weight, mask, options, reduction)
 
 
 @_region_op.register_fake
@@ -211,13 +213,15 @@ def _pixel_op(
     activation: int,
     reduction: int,
 ) -> tuple[Tensor, Tensor]:
-    return losses.pixel_forward(  # type: ignore[return-value]
+    return losses.pixel_forward(
         _arrays.of(logits=logits), logits, target, weight, mask, class_weight, activation, reduction
     )
 
 
 @_pixel_op.register_fake
-def _(logits: Any, target: Any, weight: Any, mask: Any, class_weight: Any, activation: int, reduction: int) -> Any:
+def _(
+    logits: Any, target: Any, weight: Any, mask: Any, class_weight: Any, activation: int, reduction: int
+) -> Any:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     shape = (logits.shape[0], *logits.shape[2:]) if reduction == 2 else ()
     return logits.new_empty(shape, dtype=dtype), logits.new_empty((2,), dtype=torch.float64)
@@ -270,8 +274,9 @@ def region_loss(
 ) -> Tensor:
     _no_gradient(target=target, weight=weight, mask=mask)
     if torch.compiler.is_compiling():
-        return _region_op(logits, target, weight, mask, *options, reduction)[0]
-    result: Tensor = _RegionLoss.apply(logits, target, weight, mask, options, reduction)[0]
+        compiled: Tensor = _region_op(logits, target, weight, mask, *options, reduction)[0]
+        return compiled
+    result: Tensor = _RegionLoss.apply(logits, target, weight, mask, options, reduction)[0]  # type: ignore[no-untyped-call]
     return result
 
 
@@ -287,6 +292,7 @@ def pixel_loss(
 ) -> Tensor:
     _no_gradient(target=target, weight=weight, mask=mask, class_weight=class_weight)
     if torch.compiler.is_compiling():
-        return _pixel_op(logits, target, weight, mask, class_weight, activation, reduction)[0]
-    result: Tensor = _PixelLoss.apply(logits, target, weight, mask, class_weight, activation, reduction)[0]
+        compiled: Tensor = _pixel_op(logits, target, weight, mask, class_weight, activation, reduction)[0]
+        return compiled
+    result: Tensor = _PixelLoss.apply(logits, target, weight, mask, class_weight, activation, reduction)[0]  # type: ignore[no-untyped-call]
     return result

@@ -148,7 +148,7 @@ class NRDiceLoss(Module):
     >>> loss = NRDiceLoss(gamma=1.5, activation="softmax", include_background=False)(logits, labels)
     """
 
-    _function = staticmethod(nr_dice_loss)
+    _function: Any = staticmethod(nr_dice_loss)
 
     def __init__(self, **options: Any) -> None:
         if Module is object:
@@ -157,7 +157,9 @@ class NRDiceLoss(Module):
         allowed = set(self._function.__kwdefaults__ or ()) - {"weight", "mask"}
         unknown = sorted(set(options) - allowed)
         if unknown:
-            raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}; it takes {sorted(allowed)}")
+            raise TypeError(
+                f"{type(self).__name__} has no argument {unknown[0]!r}; it takes {sorted(allowed)}"
+            )
         self.options = options
 
     def forward(self, logits: Any, target: Any, weight: Any = None, mask: Any = None) -> Any:
@@ -193,9 +195,14 @@ def _check(
     space: _arrays.Namespace, logits: Any, target: Any, weight: Any, mask: Any, activation: int
 ) -> tuple[Any, Any, Any]:
     """Checks what the kernels rely on; target, weight and mask come back as (B, *S) or (B, C, *S) views."""
+    for name, x in (("logits", logits), ("target", target)):
+        if x is None:
+            raise TypeError(f"{name} must be an array, not None")
     shape = tuple(logits.shape)
     if not 2 <= len(shape) <= _arrays.MAX_RANK:
-        raise ValueError(f"logits must be (B, C, *S) with 2 to {_arrays.MAX_RANK} dimensions, got shape {shape}")
+        raise ValueError(
+            f"logits must be (B, C, *S) with 2 to {_arrays.MAX_RANK} dimensions, got shape {shape}"
+        )
     _arrays.check_dtype("logits", space.dtype(logits), _arrays.FLOATS)
     channels = shape[1]
     if channels < 1 or channels > 1024:
@@ -239,7 +246,9 @@ def _class_weight(space: _arrays.Namespace, logits: Any, class_weight: Any) -> A
     if isinstance(class_weight, (list, tuple)):
         values = [float(w) for w in class_weight]
         if space.name == "torch":
-            class_weight = logits.new_tensor(values, dtype=getattr(__import__("torch"), "float64"))
+            import torch
+
+            class_weight = logits.new_tensor(values, dtype=torch.float64)
         else:
             class_weight = space.empty((len(values),), "float64")
             for i, value in enumerate(values):
@@ -259,7 +268,9 @@ def _out_of_range(logits: Any) -> ValueError:
 # ---- calls of the compiled module -----------------------------------------------------------------
 
 
-def _region(logits: Any, target: Any, weight: Any, mask: Any, options: tuple[Any, ...], reduction: str) -> Any:
+def _region(
+    logits: Any, target: Any, weight: Any, mask: Any, options: tuple[Any, ...], reduction: str
+) -> Any:
     red = _index("reduction", reduction, _REDUCTIONS)
     if not options[-1] >= 0:
         raise ValueError(f"eps must not be negative, got {options[-1]}")
@@ -293,7 +304,13 @@ def region_shape(logits_shape: Sequence[int], options: tuple[Any, ...], reductio
 
 
 def region_forward(
-    space: _arrays.Namespace, logits: Any, target: Any, weight: Any, mask: Any, options: tuple[Any, ...], reduction: int
+    space: _arrays.Namespace,
+    logits: Any,
+    target: Any,
+    weight: Any,
+    mask: Any,
+    options: tuple[Any, ...],
+    reduction: int,
 ) -> tuple[Any, Any]:
     """(loss, sums): sums (B, C, 2) float64 is what the backward call needs besides the inputs."""
     shape, view, exec_ = tuple(logits.shape), space.view(logits), space.exec

@@ -322,7 +322,7 @@ def blobs(shape: Sequence[int], seed: int = 0, share: float = 0.3) -> np.ndarray
     return (noise > np.quantile(sample, 1 - share)).astype(np.uint8)
 
 
-def _name(shape: Sequence[int]) -> str:
+def _name(shape: Sequence[object]) -> str:
     return "x".join(map(str, shape))
 
 

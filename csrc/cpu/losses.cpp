@@ -20,8 +20,8 @@ using namespace formulas;
 
 constexpr int lanes = 16;
 constexpr int block_pixels = 512;
-constexpr int64_t chunk_pixels = 4096;   // fixed: it decides the order of the sums
-constexpr int buffer_values = 16384;     // a block of all channels: 64 KB of float
+constexpr int64_t chunk_pixels = 4096;  // fixed: it decides the order of the sums
+constexpr int buffer_values = 16384;    // a block of all channels: 64 KB of float
 constexpr int64_t max_channels = buffer_values / lanes;
 
 int64_t chunks_of(const Layout& layout) { return (layout.pixels() + chunk_pixels - 1) / chunk_pixels; }
@@ -75,7 +75,8 @@ inline void for_rows(const Plane& plane, const Layout& layout, int64_t base, int
 
 // The address of pixels [q, q + n) if they are T, without gaps and a multiple of the lanes; else `buffer`.
 template <class T>
-const T* load_direct(const Plane& plane, const Layout& layout, int64_t base, int64_t q, int n, const T* buffer) {
+const T* load_direct(const Plane& plane, const Layout& layout, int64_t base, int64_t q, int n,
+                     const T* buffer) {
   if (plane.dtype != dtype_of<T>() || plane.step[2] != 1 || n % lanes != 0 ||
       (layout.extent[0] * layout.extent[1] > 1 && q % layout.extent[2] + n > layout.extent[2]))
     return buffer;
@@ -129,7 +130,8 @@ Planes make_planes(const Array& logits, const Array& target, const Array& weight
   const Array arrays[6] = {logits, target, weight, mask, other, map};
   Plane planes[6];
   p.layout = make_layout(arrays, planes, 6);
-  p.logits = planes[0], p.target = planes[1], p.weight = planes[2], p.mask = planes[3], p.other = planes[4], p.map = planes[5];
+  p.logits = planes[0], p.target = planes[1], p.weight = planes[2], p.mask = planes[3], p.other = planes[4],
+  p.map = planes[5];
   p.labels = target.rank == logits.rank - 1;
   if (p.layout.channels > max_channels) throw std::invalid_argument("logits has more than 1024 channels");
   return p;
@@ -143,11 +145,14 @@ class Target {
 
   // Returns whether all labels of pixels with a weight are in range.
   bool begin(int64_t q, int n, const T* w) {
-    q_ = q, n_ = n;
+    q_ = q, n_ = n, stray_ = false;
     if (!planes_.labels) return true;
     const int classes = planes_.layout.channels == 1 ? 2 : static_cast<int>(planes_.layout.channels);
     return classes < 256 ? begin_as(classes, q, n, w, narrow_) : begin_as(classes, q, n, w, wide_);
   }
+
+  // Whether the block has labels out of range: such a pixel is of no class.
+  bool stray() const { return stray_; }
 
   const T* channel(int64_t c, T* buffer) const {
     if (!planes_.labels)
@@ -167,14 +172,17 @@ class Target {
     const Plane& target = planes_.target;
     int64_t least = 0, most = 0;
     for_rows(target, planes_.layout, base_, q, n, [&](int64_t offset, int done, int m) {
-      if (target.dtype == DType::i64) read<int64_t>(offset, m, out + done, least, most);
-      else if (target.dtype == DType::i32) read<int32_t>(offset, m, out + done, least, most);
-      else read<uint8_t>(offset, m, out + done, least, most);
+      if (target.dtype == DType::i64)
+        read<int64_t>(offset, m, out + done, least, most);
+      else if (target.dtype == DType::i32)
+        read<int32_t>(offset, m, out + done, least, most);
+      else
+        read<uint8_t>(offset, m, out + done, least, most);
     });
     for (int i = n; i < padded(n); ++i) out[i] = 0;
     if (least >= 0 && most < classes) return true;
     // Rare. A label out of range is fine where the mask leaves it out; 255 is the usual "unlabelled".
-    bool good = true;
+    bool good = stray_ = true;
     for_rows(target, planes_.layout, base_, q, n, [&](int64_t offset, int done, int m) {
       for (int i = 0; i < m; ++i) {
         const int64_t label = label_at(offset + i * target.step[2]);
@@ -219,6 +227,7 @@ class Target {
   const Planes& planes_;
   int64_t base_, q_ = 0;
   int n_ = 0;
+  bool stray_ = false;
   union {
     uint8_t narrow_[block_pixels];
     int32_t wide_[block_pixels];
@@ -241,7 +250,8 @@ const T* load_weight(const Planes& p, int64_t b, int64_t q, int n, T* buffer, T*
 template <class T>
 double sum_lanes(const T* x) {
   double half[lanes / 2];
-  for (int l = 0; l < lanes / 2; ++l) half[l] = static_cast<double>(x[l]) + static_cast<double>(x[l + lanes / 2]);
+  for (int l = 0; l < lanes / 2; ++l)
+    half[l] = static_cast<double>(x[l]) + static_cast<double>(x[l + lanes / 2]);
   for (int width = lanes / 4; width > 0; width /= 2)
     for (int l = 0; l < width; ++l) half[l] += half[l + width];
   return half[0];
@@ -323,9 +333,11 @@ struct Region {
     }
   }
 
-  static bool forward_chunk(const Planes& p, const RegionOptions& o, int64_t b, int64_t chunk, double* partial) {
+  static bool forward_chunk(const Planes& p, const RegionOptions& o, int64_t b, int64_t chunk,
+                            double* partial) {
     const int64_t channels = p.layout.channels, first = channels > 1 && !o.include_background;
-    const int64_t end = (chunk + 1) * chunk_pixels < p.layout.pixels() ? (chunk + 1) * chunk_pixels : p.layout.pixels();
+    const int64_t end =
+        (chunk + 1) * chunk_pixels < p.layout.pixels() ? (chunk + 1) * chunk_pixels : p.layout.pixels();
     const bool soft = o.activation == Activation::softmax;
     const int block = soft ? block_of(channels) : block_pixels;
     const T gamma = static_cast<T>(o.gamma);
@@ -368,7 +380,8 @@ struct Region {
   static void backward_chunk(const Planes& p, const RegionOptions& o, int64_t b, int64_t chunk,
                              const double* coefficients) {
     const int64_t channels = p.layout.channels, first = channels > 1 && !o.include_background;
-    const int64_t end = (chunk + 1) * chunk_pixels < p.layout.pixels() ? (chunk + 1) * chunk_pixels : p.layout.pixels();
+    const int64_t end =
+        (chunk + 1) * chunk_pixels < p.layout.pixels() ? (chunk + 1) * chunk_pixels : p.layout.pixels();
     const bool soft = o.activation == Activation::softmax;
     const int block = soft ? block_of(channels) : block_pixels;
     const T gamma = static_cast<T>(o.gamma);
@@ -387,11 +400,14 @@ struct Region {
         const T* g = target.channel(c, gs);
         const T bn = static_cast<T>(coefficients[2 * c]), bd = static_cast<T>(coefficients[2 * c + 1]);
         if (p.labels)
-          logits ? (w ? slopes<true, true, true> : slopes<true, false, true>)(z, g, w, np, gamma, bn, bd, out)
-                 : (w ? slopes<false, true, true> : slopes<false, false, true>)(z, g, w, np, gamma, bn, bd, out);
+          logits
+              ? (w ? slopes<true, true, true> : slopes<true, false, true>)(z, g, w, np, gamma, bn, bd, out)
+              : (w ? slopes<false, true, true> : slopes<false, false, true>)(z, g, w, np, gamma, bn, bd, out);
         else
-          logits ? (w ? slopes<true, true, false> : slopes<true, false, false>)(z, g, w, np, gamma, bn, bd, out)
-                 : (w ? slopes<false, true, false> : slopes<false, false, false>)(z, g, w, np, gamma, bn, bd, out);
+          logits
+              ? (w ? slopes<true, true, false> : slopes<true, false, false>)(z, g, w, np, gamma, bn, bd, out)
+              : (w ? slopes<false, true, false> : slopes<false, false, false>)(z, g, w, np, gamma, bn, bd,
+                                                                               out);
       };
       if (soft) {
         load_channels(p, b, q, n, block, x);
@@ -434,29 +450,37 @@ struct Region {
 template <class T, class F>
 void with_region(const RegionOptions& o, const F& f) {
   if (o.kind == RegionLoss::dice)
-    return o.squared ? f(Region<T, Ratio::dice, Power::one, true>{}) : f(Region<T, Ratio::dice, Power::one, false>{});
+    return o.squared ? f(Region<T, Ratio::dice, Power::one, true>{})
+                     : f(Region<T, Ratio::dice, Power::one, false>{});
   if (o.gamma == 1.5)
     return o.squared ? f(Region<T, Ratio::nr_dice, Power::three_halves, true>{})
                      : f(Region<T, Ratio::nr_dice, Power::three_halves, false>{});
   if (o.gamma == 1)
-    return o.squared ? f(Region<T, Ratio::nr_dice, Power::one, true>{}) : f(Region<T, Ratio::nr_dice, Power::one, false>{});
+    return o.squared ? f(Region<T, Ratio::nr_dice, Power::one, true>{})
+                     : f(Region<T, Ratio::nr_dice, Power::one, false>{});
   if (o.gamma == 2)
-    return o.squared ? f(Region<T, Ratio::nr_dice, Power::two, true>{}) : f(Region<T, Ratio::nr_dice, Power::two, false>{});
-  return o.squared ? f(Region<T, Ratio::nr_dice, Power::any, true>{}) : f(Region<T, Ratio::nr_dice, Power::any, false>{});
+    return o.squared ? f(Region<T, Ratio::nr_dice, Power::two, true>{})
+                     : f(Region<T, Ratio::nr_dice, Power::two, false>{});
+  return o.squared ? f(Region<T, Ratio::nr_dice, Power::any, true>{})
+                   : f(Region<T, Ratio::nr_dice, Power::any, false>{});
 }
 
 double scalar(const Array& a, int64_t i = 0) {
   const int64_t at = i * (a.rank ? a.strides[a.rank - 1] : 0);
-  return a.dtype == DType::f64 ? static_cast<const double*>(a.data)[at] : static_cast<const float*>(a.data)[at];
+  return a.dtype == DType::f64 ? static_cast<const double*>(a.data)[at]
+                               : static_cast<const float*>(a.data)[at];
 }
 void set_scalar(const Array& a, int64_t i, double x) {
-  if (a.dtype == DType::f64) static_cast<double*>(a.data)[i] = x;
-  else static_cast<float*>(a.data)[i] = static_cast<float>(x);
+  if (a.dtype == DType::f64)
+    static_cast<double*>(a.data)[i] = x;
+  else
+    static_cast<float*>(a.data)[i] = static_cast<float>(x);
 }
 // Value (b, c) of a loss that has one for each image (if per_image) and class.
 double entry(const Array& a, bool per_image, int64_t b, int64_t c) {
   const int64_t at = per_image ? b * a.strides[0] + c * a.strides[1] : c * a.strides[0];
-  return a.dtype == DType::f64 ? static_cast<const double*>(a.data)[at] : static_cast<const float*>(a.data)[at];
+  return a.dtype == DType::f64 ? static_cast<const double*>(a.data)[at]
+                               : static_cast<const float*>(a.data)[at];
 }
 
 // Adds the chunks' partial sums in their order: sums (items, values).
@@ -503,6 +527,13 @@ struct CrossEntropy {
         count[i] = g[i] != T(0) ? w1 : w0;
         loss[i] = binary_cross_entropy(x[block + i] - x[i], g[i]) * count[i];
       }
+      if (target.stray()) {
+        for (int i = 0; i < np; ++i) count[i] = T(0);
+        for (int64_t c = 0; c < 2; ++c) {
+          target.channel(c, buffer);
+          for (int i = 0; i < np; ++i) count[i] += class_weight_of(c) * buffer[i];
+        }
+      }
       return;
     }
     T top[block_pixels], sum[block_pixels], mass[block_pixels];
@@ -526,7 +557,8 @@ struct CrossEntropy {
   }
 
   bool forward_chunk(int64_t b, int64_t chunk, bool map, double* partial) const {
-    const int64_t end = (chunk + 1) * chunk_pixels < p.layout.pixels() ? (chunk + 1) * chunk_pixels : p.layout.pixels();
+    const int64_t end =
+        (chunk + 1) * chunk_pixels < p.layout.pixels() ? (chunk + 1) * chunk_pixels : p.layout.pixels();
     const int block = block_of(p.layout.channels);
     alignas(64) T x[buffer_values];
     T loss[block_pixels], count[block_pixels], ws[block_pixels], scratch[block_pixels];
@@ -562,7 +594,8 @@ struct CrossEntropy {
   // scale: dL/d(sum of the weighted loss map), unless p.map holds dL/d(loss map)
   void backward_chunk(int64_t b, int64_t chunk, T scale) const {
     const int64_t channels = p.layout.channels;
-    const int64_t end = (chunk + 1) * chunk_pixels < p.layout.pixels() ? (chunk + 1) * chunk_pixels : p.layout.pixels();
+    const int64_t end =
+        (chunk + 1) * chunk_pixels < p.layout.pixels() ? (chunk + 1) * chunk_pixels : p.layout.pixels();
     const int block = block_of(channels);
     alignas(64) T x[buffer_values], d[block_pixels];
     T k[block_pixels], ws[block_pixels], scratch[block_pixels], mass[block_pixels];
@@ -650,8 +683,10 @@ bool region_loss_forward(const Array& logits, const Array& target, const Array& 
     for (int64_t item = 0; item < batch * chunks; ++item)
       bad |= !R::forward_chunk(p, options, item / chunks, item % chunks, partial + item * 2 * channels);
   };
-  if (logits.dtype == DType::f64) with_region<double>(options, run);
-  else with_region<float>(options, run);
+  if (logits.dtype == DType::f64)
+    with_region<double>(options, run);
+  else
+    with_region<float>(options, run);
   add_chunks(partial, batch, chunks, 2 * channels, sums);
 
   if (!options.per_image)  // every image's sums become the batch's
@@ -698,7 +733,7 @@ void region_loss_backward(const Array& logits, const Array& target, const Array&
       for (int64_t c = first; c < channels; ++c) {
         const double* s = sums + (b * channels + c) * 2;
         const RatioValue value = ratio_value(ratio, s[0], s[1], options.eps);
-        const double g = reduction == Reduction::none ? entry(grad_loss, options.per_image, b, c - first)
+        const double g = reduction == Reduction::none   ? entry(grad_loss, options.per_image, b, c - first)
                          : reduction == Reduction::mean ? scalar(grad_loss) / count
                                                         : scalar(grad_loss);
         coefficients[2 * c] = g * value.by_numerator;
@@ -707,15 +742,17 @@ void region_loss_backward(const Array& logits, const Array& target, const Array&
       R::backward_chunk(p, options, b, item % chunks, coefficients);
     }
   };
-  if (logits.dtype == DType::f64) with_region<double>(options, run);
-  else with_region<float>(options, run);
+  if (logits.dtype == DType::f64)
+    with_region<double>(options, run);
+  else
+    with_region<float>(options, run);
 }
 
 namespace {
 
 template <class T>
-bool pixel_forward(const Planes& p, const Array& class_weight, const PixelOptions& options, Reduction reduction,
-                   double* partial, const Exec& exec) {
+bool pixel_forward(const Planes& p, const Array& class_weight, const PixelOptions& options,
+                   Reduction reduction, double* partial, const Exec& exec) {
   const CrossEntropy<T> ce{p, options, class_weight};
   const int64_t chunks = chunks_of(p.layout), items = p.layout.batch * chunks;
   const int threads = threads_for(exec, items * chunk_pixels * p.layout.channels);
@@ -742,7 +779,8 @@ void pixel_backward(const Planes& p, const Array& class_weight, const PixelOptio
 bool pixel_loss_forward(const Array& logits, const Array& target, const Array& weight, const Array& mask,
                         const Array& class_weight, const PixelOptions& options, Reduction reduction,
                         const Array& loss, const Array& sums_array, void* workspace, const Exec& exec) {
-  const Planes p = make_planes(logits, target, weight, mask, reduction == Reduction::none ? loss : Array{}, Array{});
+  const Planes p =
+      make_planes(logits, target, weight, mask, reduction == Reduction::none ? loss : Array{}, Array{});
   double* partial = static_cast<double*>(workspace);
   double* sums = static_cast<double*>(sums_array.data);
   const bool good = logits.dtype == DType::f64
@@ -756,36 +794,39 @@ bool pixel_loss_forward(const Array& logits, const Array& target, const Array& w
 
 void pixel_loss_backward(const Array& logits, const Array& target, const Array& weight, const Array& mask,
                          const Array& class_weight, const PixelOptions& options, Reduction reduction,
-                         const Array& grad_loss, const Array& sums_array, const Array& grad, const Exec& exec) {
+                         const Array& grad_loss, const Array& sums_array, const Array& grad,
+                         const Exec& exec) {
   const bool map = reduction == Reduction::none;
   const Planes p = make_planes(logits, target, weight, mask, grad, map ? grad_loss : Array{});
   const double* sums = static_cast<const double*>(sums_array.data);
   double scale = map ? 0.0 : scalar(grad_loss);
   if (reduction == Reduction::mean) scale = sums[1] != 0 ? scale / sums[1] : 0.0;
-  if (logits.dtype == DType::f64) pixel_backward<double>(p, class_weight, options, scale, exec);
-  else pixel_backward<float>(p, class_weight, options, scale, exec);
+  if (logits.dtype == DType::f64)
+    pixel_backward<double>(p, class_weight, options, scale, exec);
+  else
+    pixel_backward<float>(p, class_weight, options, scale, exec);
 }
 
 }  // namespace noisyseg::NOISYSEG_ISA
 
 NOISYSEG_API(size_t, loss_workspace, (const Array& logits, const Exec& exec), (logits, exec))
 NOISYSEG_API(bool, region_loss_forward,
-                  (const Array& logits, const Array& target, const Array& weight, const Array& mask,
-                   const RegionOptions& options, Reduction reduction, const Array& loss, const Array& sums,
-                   void* workspace, const Exec& exec),
-                  (logits, target, weight, mask, options, reduction, loss, sums, workspace, exec))
+             (const Array& logits, const Array& target, const Array& weight, const Array& mask,
+              const RegionOptions& options, Reduction reduction, const Array& loss, const Array& sums,
+              void* workspace, const Exec& exec),
+             (logits, target, weight, mask, options, reduction, loss, sums, workspace, exec))
 NOISYSEG_API(void, region_loss_backward,
-                  (const Array& logits, const Array& target, const Array& weight, const Array& mask,
-                   const RegionOptions& options, Reduction reduction, const Array& grad_loss, const Array& sums,
-                   const Array& grad, const Exec& exec),
-                  (logits, target, weight, mask, options, reduction, grad_loss, sums, grad, exec))
+             (const Array& logits, const Array& target, const Array& weight, const Array& mask,
+              const RegionOptions& options, Reduction reduction, const Array& grad_loss, const Array& sums,
+              const Array& grad, const Exec& exec),
+             (logits, target, weight, mask, options, reduction, grad_loss, sums, grad, exec))
 NOISYSEG_API(bool, pixel_loss_forward,
-                  (const Array& logits, const Array& target, const Array& weight, const Array& mask,
-                   const Array& class_weight, const PixelOptions& options, Reduction reduction, const Array& loss,
-                   const Array& sums, void* workspace, const Exec& exec),
-                  (logits, target, weight, mask, class_weight, options, reduction, loss, sums, workspace, exec))
+             (const Array& logits, const Array& target, const Array& weight, const Array& mask,
+              const Array& class_weight, const PixelOptions& options, Reduction reduction, const Array& loss,
+              const Array& sums, void* workspace, const Exec& exec),
+             (logits, target, weight, mask, class_weight, options, reduction, loss, sums, workspace, exec))
 NOISYSEG_API(void, pixel_loss_backward,
-                  (const Array& logits, const Array& target, const Array& weight, const Array& mask,
-                   const Array& class_weight, const PixelOptions& options, Reduction reduction,
-                   const Array& grad_loss, const Array& sums, const Array& grad, const Exec& exec),
-                  (logits, target, weight, mask, class_weight, options, reduction, grad_loss, sums, grad, exec))
+             (const Array& logits, const Array& target, const Array& weight, const Array& mask,
+              const Array& class_weight, const PixelOptions& options, Reduction reduction,
+              const Array& grad_loss, const Array& sums, const Array& grad, const Exec& exec),
+             (logits, target, weight, mask, class_weight, options, reduction, grad_loss, sums, grad, exec))

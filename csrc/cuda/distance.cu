@@ -131,24 +131,27 @@ __device__ inline float finished(float squared, float f, Finish finish) {
 template <bool two_classes>
 __global__ void __launch_bounds__(threads) small_volume(Source source, Volume v, Finish finish, float* out) {
   NOISYSEG_SHARED(float, a);
-  const int64_t voxels = v.size(), slice = v.n[1] * v.n[2];
+  // Small enough for 32 bits, whose divisions need no subroutine.
+  const int n0 = static_cast<int>(v.n[0]), n2 = static_cast<int>(v.n[2]), slice = static_cast<int>(v.n[1]) * n2;
+  const int voxels = n0 * slice;
   float* b = a + voxels;
   const int64_t offset = item_offset(source, blockIdx.x);
-  for (int64_t c = threadIdx.x; c < v.n[0] * v.n[2]; c += threads) {
-    const int64_t z = c / v.n[2], x = c % v.n[2];
+  for (int c = static_cast<int>(threadIdx.x); c < n0 * n2; c += threads) {
+    const int z = c / n2, x = c % n2;
     sweep_column<two_classes>(source, offset + z * source.strides[0] + x * source.strides[2], v, a + z * slice + x);
   }
   __syncthreads();
-  for (int64_t at = threadIdx.x; at < voxels; at += threads) {
-    const int64_t x = at % v.n[2];
-    const float squared = outward<two_classes>(a + (at - x), 1, x, v.n[2], v.w2[2]);
+  for (int at = static_cast<int>(threadIdx.x); at < voxels; at += threads) {
+    const int x = at % n2;
+    const float squared = outward<two_classes>(a + (at - x), 1, x, n2, v.w2[2]);
     b[at] = two_classes ? with_sign(squared, a[at]) : squared;
   }
   __syncthreads();
-  for (int64_t at = threadIdx.x; at < voxels; at += threads) {
-    const int64_t z = at / slice;
-    const float squared = outward<two_classes>(b + (at - z * slice), slice, z, v.n[0], v.w2[0]);
-    out[blockIdx.x * voxels + at] = finished<two_classes>(squared, b[at], finish);
+  out += static_cast<int64_t>(blockIdx.x) * voxels;
+  for (int at = static_cast<int>(threadIdx.x); at < voxels; at += threads) {
+    const int z = at / slice;
+    const float squared = outward<two_classes>(b + (at - z * slice), slice, z, n0, v.w2[0]);
+    out[at] = finished<two_classes>(squared, b[at], finish);
   }
 }
 

@@ -1,15 +1,14 @@
 // Fused losses on CUDA. No kernel synchronises with the host; every sum has a fixed order.
 //
-// A block of 256 threads walks over tiles of one image, four pixels a thread (one in double), 256 apart, so that
-// loads are coalesced and four are in flight. How many blocks share an image depends on the shapes alone.
-// Bytes per pixel and channel, fp32 logits and uint8 labels: forward 5 read; backward 5 read, 4 written.
-// Further reads of the same tile by softmax (maximum, sum, classes) come from the caches.
-#include "noisyseg/losses.h"
-
+// A block of 256 threads walks over tiles of one image, four pixels a thread (one in double), 256 apart, so
+// that loads are coalesced and four are in flight. How many blocks share an image depends on the shapes
+// alone. Bytes per pixel and channel, fp32 logits and uint8 labels: forward 5 read; backward 5 read, 4
+// written. Further reads of the same tile by softmax (maximum, sum, classes) come from the caches.
 #include "cuda/launch.h"
 #include "formulas/dtype.h"
 #include "formulas/losses.h"
 #include "layout.h"
+#include "noisyseg/losses.h"
 
 namespace noisyseg::cuda {
 namespace {
@@ -26,7 +25,7 @@ constexpr int64_t wanted_blocks = 2048;  // enough to fill a large GPU twice
 
 struct Inputs {
   Plane logits, target, weight, mask, other;  // other: the gradient or the loss map
-  Plane map;  // the gradient with respect to the loss map
+  Plane map;                                  // the gradient with respect to the loss map
   Layout layout;
   bool labels;
   bool softmax;
@@ -38,7 +37,8 @@ Inputs make_inputs(const Array& logits, const Array& target, const Array& weight
   const Array arrays[6] = {logits, target, weight, mask, other, map};
   Plane planes[6];
   in.layout = make_layout(arrays, planes, 6);
-  in.logits = planes[0], in.target = planes[1], in.weight = planes[2], in.mask = planes[3], in.other = planes[4], in.map = planes[5];
+  in.logits = planes[0], in.target = planes[1], in.weight = planes[2], in.mask = planes[3],
+  in.other = planes[4], in.map = planes[5];
   in.labels = target.rank == logits.rank - 1;
   in.softmax = activation == Activation::softmax;
   return in;
@@ -57,12 +57,12 @@ template <class T>
 struct Pixels {
   static constexpr int n = per_thread<T>;
   int64_t batch;
-  int64_t column[n];     // where each pixel lies: rows and column of the layout
+  int64_t column[n];  // where each pixel lies: rows and column of the layout
   int row0[n], row1[n];
   bool inside[n];        // false beyond the image's end
   T weight[n];           // 0 where masked and beyond the image
   T kept[n];             // 1, or 0 where masked and beyond the image
-  T label[n];            // with labels; NaN where out of range
+  T label[n];            // with labels; out of range NaN, or -1 (no class) where the weight is 0
   T top[n], inverse[n];  // softmax over three classes or more: maximum and 1 / sum of exponentials
 };
 
@@ -114,7 +114,8 @@ __device__ inline void store(const Pixels<float>& px, const Plane& plane, int64_
   else
     store_as<Half>(px, plane, base, values);
 }
-__device__ inline void store(const Pixels<double>& px, const Plane& plane, int64_t base, const double* values) {
+__device__ inline void store(const Pixels<double>& px, const Plane& plane, int64_t base,
+                             const double* values) {
   store_as<double>(px, plane, base, values);
 }
 
@@ -155,7 +156,8 @@ __device__ inline Pixels<T> load_pixels(const Inputs& in, int64_t b, int64_t til
     load(px, in.target, b * in.target.batch, px.label);
 #pragma unroll
     for (int k = 0; k < px.n; ++k)
-      if (px.label[k] < T(0) || px.label[k] >= classes) px.label[k] = static_cast<T>(NAN);
+      if (px.label[k] < T(0) || px.label[k] >= classes)
+        px.label[k] = px.weight[k] == T(0) ? T(-1) : static_cast<T>(NAN);
   }
   return px;
 }
@@ -194,7 +196,8 @@ __device__ inline void load_class(const Inputs& in, const Pixels<T>& px, int64_t
 }
 
 template <class T>
-__device__ inline void load_probability(const Inputs& in, const Pixels<T>& px, int64_t c, Probability<T>* out) {
+__device__ inline void load_probability(const Inputs& in, const Pixels<T>& px, int64_t c,
+                                        Probability<T>* out) {
   T z[px.n];
   load_logits(in, px, c, z);
   if (!in.softmax || in.layout.channels == 2) {
@@ -236,7 +239,10 @@ struct Formula {
 };
 
 Formula formula_of(const RegionOptions& o) {
-  const Power power = o.gamma == 1.5 ? Power::three_halves : o.gamma == 1 ? Power::one : o.gamma == 2 ? Power::two : Power::any;
+  const Power power = o.gamma == 1.5 ? Power::three_halves
+                      : o.gamma == 1 ? Power::one
+                      : o.gamma == 2 ? Power::two
+                                     : Power::any;
   return {o.kind == RegionLoss::dice ? Ratio::dice : Ratio::nr_dice, power, o.squared};
 }
 
@@ -331,8 +337,8 @@ __device__ inline double get_scalar(const void* from, bool fp64, int64_t i) {
 
 // The loss from the sums. One block.
 __global__ void __launch_bounds__(threads)
-    region_value(double* sums, int64_t batch, int64_t channels, int64_t first, bool per_image, Ratio ratio, double eps,
-                 Reduction reduction, void* loss, bool fp64) {
+    region_value(double* sums, int64_t batch, int64_t channels, int64_t first, bool per_image, Ratio ratio,
+                 double eps, Reduction reduction, void* loss, bool fp64) {
   if (!per_image) {  // every image's sums become the batch's
     for (int64_t v = threadIdx.x; v < 2 * channels; v += threads) {
       double total = 0;
@@ -351,7 +357,10 @@ __global__ void __launch_bounds__(threads)
   }
   total = block_sum(total);
   if (threadIdx.x == 0 && reduction != Reduction::none)
-    set_scalar(loss, fp64, 0, reduction == Reduction::sum ? total : batch ? total / static_cast<double>(items) : 0.0);
+    set_scalar(loss, fp64, 0,
+               reduction == Reduction::sum ? total
+               : batch                     ? total / static_cast<double>(items)
+                                           : 0.0);
 }
 
 // Where the gradient with respect to the loss lies: one value, or one for each (image and) class.
@@ -362,19 +371,20 @@ struct GradLoss {
 };
 
 // Grid (chunks, B); dynamic shared memory: the loss's derivatives with respect to the two sums of each class.
+// At least one block: left alone, ptxas 13.0 aims at 64 registers for sm_120 and spills the double version.
 template <class T>
-__global__ void __launch_bounds__(threads)
-    region_grad(Inputs in, Formula formula, T gamma, int64_t first, const double* sums, double eps, double scale,
-                GradLoss grad_loss) {
+__global__ void __launch_bounds__(threads, 1)
+    region_grad(Inputs in, Formula formula, T gamma, int64_t first, const double* sums, double eps,
+                double scale, GradLoss grad_loss) {
   NOISYSEG_SHARED(double, by_sum);
   const int64_t channels = in.layout.channels, b = blockIdx.y;
   for (int64_t c = threadIdx.x; c < channels; c += threads) {
     const double* s = sums + (b * channels + c) * 2;
     const RatioValue value = ratio_value(formula.ratio, s[0], s[1], eps);
-    const double g =
-        c < first ? 0.0
-                  : scale * get_scalar(grad_loss.data, grad_loss.fp64,
-                                       b * grad_loss.by_image + (c - first) * grad_loss.by_class);
+    const double g = c < first
+                         ? 0.0
+                         : scale * get_scalar(grad_loss.data, grad_loss.fp64,
+                                              b * grad_loss.by_image + (c - first) * grad_loss.by_class);
     by_sum[2 * c] = c < first ? 0.0 : g * value.by_numerator;
     by_sum[2 * c + 1] = c < first ? 0.0 : g * value.by_denominator;
   }
@@ -397,7 +407,8 @@ __global__ void __launch_bounds__(threads)
         for (int k = 0; k < px.n; ++k) {
           d[k] = T(0);
           if (px.weight[k] == T(0)) continue;
-          const T slope = formula.squared ? ratio_denominator_slope<true>(a[k]) : ratio_denominator_slope<false>(a[k]);
+          const T slope =
+              formula.squared ? ratio_denominator_slope<true>(a[k]) : ratio_denominator_slope<false>(a[k]);
           d[k] = px.weight[k] * (bn * numerator_slope(formula, a[k], g[k], gamma) + bd * slope);
         }
         if (in.softmax && channels == 2) {  // the other class's slope counts too
@@ -408,7 +419,8 @@ __global__ void __launch_bounds__(threads)
           for (int k = 0; k < px.n; ++k) {
             if (px.weight[k] == T(0)) continue;
             const Probability<T> o{a[k].q, a[k].p, a[k].root_q, a[k].root_p};
-            const T slope = formula.squared ? ratio_denominator_slope<true>(o) : ratio_denominator_slope<false>(o);
+            const T slope =
+                formula.squared ? ratio_denominator_slope<true>(o) : ratio_denominator_slope<false>(o);
             d[k] -= px.weight[k] * (bn2 * numerator_slope(formula, o, g2[k], gamma) + bd2 * slope);
           }
         }
@@ -428,15 +440,22 @@ __global__ void __launch_bounds__(threads)
 
 // ---- cross-entropy --------------------------------------------------------------------------------
 
-template <class T>
-__device__ inline T class_weight_of(const void* data, bool fp64, int64_t c) {
-  return data ? static_cast<T>(get_scalar(data, fp64, c)) : T(1);
-}
+struct ClassWeight {
+  const void* data;
+  bool fp64;
+  int64_t step;
+  explicit ClassWeight(const Array& a)
+      : data(a.data), fp64(a.dtype == DType::f64), step(a ? a.strides[0] : 0) {}
+  template <class T>
+  __device__ T of(int64_t c) const {
+    return data ? static_cast<T>(get_scalar(data, fp64, c * step)) : T(1);
+  }
+};
 
 // partial (B, chunks, 2): the weighted sum and what "mean" divides by. Grid (chunks, B).
 template <class T>
 __global__ void __launch_bounds__(threads)
-    pixel_sums(Inputs in, const void* class_weight, bool class_weight_fp64, bool map, double* partial) {
+    pixel_sums(Inputs in, ClassWeight class_weight, bool map, double* partial) {
   const int64_t channels = in.layout.channels, b = blockIdx.y;
   double total = 0, counted = 0;
   const int64_t tiles = (in.layout.pixels() + tile_pixels<T> - 1) / tile_pixels<T>;
@@ -450,7 +469,7 @@ __global__ void __launch_bounds__(threads)
       load_logits(in, px, c, z);
       load_class(in, px, c, g);
       if (in.softmax && channels == 2) load_logits(in, px, 1 - c, other);
-      const T k_class = class_weight_of<T>(class_weight, class_weight_fp64, c);
+      const T k_class = class_weight.of<T>(c);
 #pragma unroll
       for (int k = 0; k < px.n; ++k) {
         const T share = k_class * g[k];
@@ -482,9 +501,11 @@ __global__ void __launch_bounds__(threads)
 
 // One block.
 __global__ void __launch_bounds__(threads)
-    pixel_value(const double* partial, int64_t parts, Reduction reduction, double* sums, void* loss, bool fp64) {
+    pixel_value(const double* partial, int64_t parts, Reduction reduction, double* sums, void* loss,
+                bool fp64) {
   double total = 0, counted = 0;
-  for (int64_t i = threadIdx.x; i < parts; i += threads) total += partial[2 * i], counted += partial[2 * i + 1];
+  for (int64_t i = threadIdx.x; i < parts; i += threads)
+    total += partial[2 * i], counted += partial[2 * i + 1];
   total = block_sum(total);
   counted = block_sum(counted);
   if (threadIdx.x == 0) {
@@ -497,7 +518,7 @@ __global__ void __launch_bounds__(threads)
 
 template <class T>
 __global__ void __launch_bounds__(threads)
-    pixel_grad(Inputs in, const void* class_weight, bool class_weight_fp64, const double* sums, Reduction reduction,
+    pixel_grad(Inputs in, ClassWeight class_weight, const double* sums, Reduction reduction,
                const void* grad_loss, bool grad_loss_fp64, Plane grad_map) {
   const int64_t channels = in.layout.channels, b = blockIdx.y;
   T scale = T(0);
@@ -519,7 +540,7 @@ __global__ void __launch_bounds__(threads)
       for (int64_t c = 0; c < channels; ++c) {
         T g[px.n];
         load_class(in, px, c, g);
-        const T k_class = class_weight_of<T>(class_weight, class_weight_fp64, c);
+        const T k_class = class_weight.of<T>(c);
 #pragma unroll
         for (int k = 0; k < px.n; ++k) mass[k] += k_class * g[k];
       }
@@ -528,7 +549,7 @@ __global__ void __launch_bounds__(threads)
       T g[px.n], d[px.n];
       load_probability(in, px, c, a);
       load_class(in, px, c, g);
-      const T k_class = class_weight_of<T>(class_weight, class_weight_fp64, c);
+      const T k_class = class_weight.of<T>(c);
 #pragma unroll
       for (int k = 0; k < px.n; ++k) {
         if (!in.softmax)
@@ -545,13 +566,15 @@ __global__ void __launch_bounds__(threads)
 }
 
 dim3 grid_of(const Layout& layout) {
-  return dim3(static_cast<unsigned>(chunks_of(layout.batch, layout.pixels())), static_cast<unsigned>(layout.batch));
+  return dim3(static_cast<unsigned>(chunks_of(layout.batch, layout.pixels())),
+              static_cast<unsigned>(layout.batch));
 }
 bool empty(const Layout& layout) { return layout.batch == 0 || layout.pixels() == 0; }
 constexpr int64_t max_batch = 65535;  // gridDim.y
 
 void check_batch(const Layout& layout) {
-  if (layout.batch > max_batch) throw std::invalid_argument("logits has a batch of more than 65,535 on a CUDA device");
+  if (layout.batch > max_batch)
+    throw std::invalid_argument("logits has a batch of more than 65,535 on a CUDA device");
 }
 
 }  // namespace
@@ -559,7 +582,8 @@ void check_batch(const Layout& layout) {
 size_t loss_workspace(const Array& logits, const Exec&) {
   int64_t pixels = 1;
   for (int i = 2; i < logits.rank; ++i) pixels *= logits.shape[i];
-  return static_cast<size_t>(logits.shape[0] * chunks_of(logits.shape[0], pixels) * warps * logits.shape[1] * 2) *
+  return static_cast<size_t>(logits.shape[0] * chunks_of(logits.shape[0], pixels) * warps * logits.shape[1] *
+                             2) *
          sizeof(double);
 }
 
@@ -578,8 +602,8 @@ bool region_loss_forward(const Array& logits, const Array& target, const Array& 
     if (logits.dtype == DType::f64)
       NOISYSEG_LAUNCH((region_sums<double>), grid, threads, 0, exec, in, formula, o.gamma, first, partial);
     else
-      NOISYSEG_LAUNCH((region_sums<float>), grid, threads, 0, exec, in, formula, static_cast<float>(o.gamma), first,
-                      partial);
+      NOISYSEG_LAUNCH((region_sums<float>), grid, threads, 0, exec, in, formula, static_cast<float>(o.gamma),
+                      first, partial);
   }
   if (in.layout.batch > 0)
     NOISYSEG_LAUNCH((region_add), dim3(static_cast<unsigned>(channels), grid.y), threads, 0, exec, partial,
@@ -590,8 +614,8 @@ bool region_loss_forward(const Array& logits, const Array& target, const Array& 
 }
 
 void region_loss_backward(const Array& logits, const Array& target, const Array& weight, const Array& mask,
-                          const RegionOptions& o, Reduction reduction, const Array& grad_loss, const Array& sums,
-                          const Array& grad, const Exec& exec) {
+                          const RegionOptions& o, Reduction reduction, const Array& grad_loss,
+                          const Array& sums, const Array& grad, const Exec& exec) {
   const DeviceGuard guard(exec.device);
   const Inputs in = make_inputs(logits, target, weight, mask, grad, Array{}, o.activation);
   check_batch(in.layout);
@@ -608,28 +632,29 @@ void region_loss_backward(const Array& logits, const Array& target, const Array&
   const double* sum = static_cast<const double*>(sums.data);
   const size_t shared = static_cast<size_t>(2 * channels) * sizeof(double);
   if (logits.dtype == DType::f64)
-    NOISYSEG_LAUNCH((region_grad<double>), grid_of(in.layout), threads, shared, exec, in, formula, o.gamma, first, sum,
-                    o.eps, scale, from);
+    NOISYSEG_LAUNCH((region_grad<double>), grid_of(in.layout), threads, shared, exec, in, formula, o.gamma,
+                    first, sum, o.eps, scale, from);
   else
     NOISYSEG_LAUNCH((region_grad<float>), grid_of(in.layout), threads, shared, exec, in, formula,
                     static_cast<float>(o.gamma), first, sum, o.eps, scale, from);
 }
 
 bool pixel_loss_forward(const Array& logits, const Array& target, const Array& weight, const Array& mask,
-                        const Array& class_weight, const PixelOptions& o, Reduction reduction, const Array& loss,
-                        const Array& sums, void* workspace, const Exec& exec) {
+                        const Array& class_weight, const PixelOptions& o, Reduction reduction,
+                        const Array& loss, const Array& sums, void* workspace, const Exec& exec) {
   const DeviceGuard guard(exec.device);
   const bool map = reduction == Reduction::none;
   const Inputs in = make_inputs(logits, target, weight, mask, map ? loss : Array{}, Array{}, o.activation);
   check_batch(in.layout);
   double* partial = static_cast<double*>(workspace);
   const dim3 grid = grid_of(in.layout);
-  const bool fp64 = class_weight.dtype == DType::f64;
   if (!empty(in.layout)) {
     if (logits.dtype == DType::f64)
-      NOISYSEG_LAUNCH((pixel_sums<double>), grid, threads, 0, exec, in, class_weight.data, fp64, map, partial);
+      NOISYSEG_LAUNCH((pixel_sums<double>), grid, threads, 0, exec, in, ClassWeight(class_weight), map,
+                      partial);
     else
-      NOISYSEG_LAUNCH((pixel_sums<float>), grid, threads, 0, exec, in, class_weight.data, fp64, map, partial);
+      NOISYSEG_LAUNCH((pixel_sums<float>), grid, threads, 0, exec, in, ClassWeight(class_weight), map,
+                      partial);
   }
   NOISYSEG_LAUNCH((pixel_value), 1, threads, 0, exec, partial,
                   empty(in.layout) ? int64_t{0} : static_cast<int64_t>(grid.x) * grid.y, reduction,
@@ -641,18 +666,17 @@ void pixel_loss_backward(const Array& logits, const Array& target, const Array& 
                          const Array& class_weight, const PixelOptions& o, Reduction reduction,
                          const Array& grad_loss, const Array& sums, const Array& grad, const Exec& exec) {
   const DeviceGuard guard(exec.device);
-  const Inputs in = make_inputs(logits, target, weight, mask, grad, reduction == Reduction::none ? grad_loss : Array{},
-                                o.activation);
+  const Inputs in = make_inputs(logits, target, weight, mask, grad,
+                                reduction == Reduction::none ? grad_loss : Array{}, o.activation);
   check_batch(in.layout);
   if (empty(in.layout)) return;
-  const bool fp64 = class_weight.dtype == DType::f64;
   const double* sum = static_cast<const double*>(sums.data);
   if (logits.dtype == DType::f64)
-    NOISYSEG_LAUNCH((pixel_grad<double>), grid_of(in.layout), threads, 0, exec, in, class_weight.data, fp64, sum,
-                    reduction, grad_loss.data, grad_loss.dtype == DType::f64, in.map);
+    NOISYSEG_LAUNCH((pixel_grad<double>), grid_of(in.layout), threads, 0, exec, in, ClassWeight(class_weight),
+                    sum, reduction, grad_loss.data, grad_loss.dtype == DType::f64, in.map);
   else
-    NOISYSEG_LAUNCH((pixel_grad<float>), grid_of(in.layout), threads, 0, exec, in, class_weight.data, fp64, sum,
-                    reduction, grad_loss.data, grad_loss.dtype == DType::f64, in.map);
+    NOISYSEG_LAUNCH((pixel_grad<float>), grid_of(in.layout), threads, 0, exec, in, ClassWeight(class_weight),
+                    sum, reduction, grad_loss.data, grad_loss.dtype == DType::f64, in.map);
 }
 
 }  // namespace noisyseg::cuda

@@ -22,10 +22,11 @@ NOISYSEG_FORMULA Probability<T> sigmoid(T z) {
 template <class T>
 NOISYSEG_FORMULA Probability<T> given_probability(T p) {
   const T q = T(1) - p;
-  return {p, q, sqrt_(p), sqrt_(max_(q, T(0)))};
+  return {p, q, sqrt_(p), sqrt_(max_(T(0), q))};
 }
 
-// |p - g|, its square root and the sign of p - g, without cancellation where p is close to 1. `hard`: g is 0 or 1.
+// |p - g|, its square root and the sign of p - g, without cancellation where p is close to 1. `hard`: g is 0
+// or 1.
 template <class T>
 struct Difference {
   T value, size, root;

@@ -42,12 +42,13 @@ NOISYSEG_FORMULA T max_(T a, T b) {
   return a > b ? a : b;
 }
 
-// e^x for x <= 88. Below -87 it stays at e^-87 = 1.6e-38, next to the smallest normal number: no loss sees the
-// difference, and it saves a select for each pixel.
+// e^x for x <= 88. Below -87 it stays at e^-87 = 1.6e-38, next to the smallest normal number: no loss sees
+// the difference, and it saves a select for each pixel.
 NOISYSEG_FORMULA float exp_(float x) {
 #ifdef __CUDA_ARCH__
   const float t = x * 1.44269504f;
-  const float rest = fmaf(x, 1.44269504f, -t) + x * 1.92596299e-8f;  // what t lost, so that 2 ulp hold for all x
+  const float rest =
+      fmaf(x, 1.44269504f, -t) + x * 1.92596299e-8f;  // what t lost, so that 2 ulp hold for all x
   return exp2f(t) * fmaf(rest, 0.693147181f, 1.f);
 #else
   const float clamped = x < -87.f ? -87.f : x;
@@ -72,7 +73,8 @@ NOISYSEG_FORMULA float exp_(float x) {
 NOISYSEG_FORMULA double exp_(double x) { return exp(x); }
 
 // 1 / sqrt(x) for x in [1, 2]: a cubic within 0.04 % and one step of Householder's third-order iteration,
-// below 2e-7 in all; 8 multiply-adds where a division and a square root would hold up the divider for 15 cycles.
+// below 2e-7 in all; 8 multiply-adds where a division and a square root would hold up the divider for 15
+// cycles.
 NOISYSEG_FORMULA float rsqrt_1_to_2(float x) {
 #ifdef __CUDA_ARCH__
   return rsqrtf(x);
@@ -84,7 +86,7 @@ NOISYSEG_FORMULA float rsqrt_1_to_2(float x) {
 }
 NOISYSEG_FORMULA double rsqrt_1_to_2(double x) { return 1.0 / sqrt(x); }
 
-// ln x for positive normal x.
+// ln x for positive normal x; NaN stays NaN.
 NOISYSEG_FORMULA float log_(float x) {
 #ifdef __CUDA_ARCH__
   return logf(x);
@@ -103,7 +105,7 @@ NOISYSEG_FORMULA float log_(float x) {
   p = p * r + 3.3333331174e-1f;
   const float r2 = r * r;
   p = p * r * r2 + n * -2.12194440e-4f - 0.5f * r2;
-  return r + p + n * 0.693359375f;
+  return x == x ? r + p + n * 0.693359375f : x;
 #endif
 }
 NOISYSEG_FORMULA double log_(double x) { return log(x); }

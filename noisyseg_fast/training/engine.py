@@ -1,0 +1,450 @@
+"""The training loop, on Lightning Fabric: device, precision, seeds, validation, checkpoints, resume, logs.
+
+A run's folder holds
+
+    config.json       the settings and the model's, resolved
+    split.json        the cases of each part
+    metrics.csv       one row for each epoch
+    tensorboard/      the same
+    last.pt best.pt   the state after the last epoch, and the weights with the best validation Dice
+    test.csv summary.json report.html      written at the end, of best.pt
+
+Checkpoint formats and the loop know nothing of any method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .. import __version__
+from . import evaluate, methods, networks
+from .data import Array, Case, Data, Store, TrainingSet, check, open_data, patch_size
+from .evaluate import Summary
+from .files import write_csv, write_json, written
+from .model import FORMAT, ModelSpec, load_model, pick_device, read_checkpoint, spec_dict, spec_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+COLUMNS = ("epoch", "train_loss", "val_dice", "val_iou", "val_hd95", "val_empty", "lr", "seconds")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a run. ValueError names the one that is wrong."""
+
+    data: str = "sample"  # or a folder or a datalist; see data.py
+    method: str = "ce"
+    options: Mapping[str, Any] = field(default_factory=dict)  # the method's, in place of its defaults
+    network: str = "unet"
+    width: int = 16
+    epochs: int = 100
+    batch_size: int = 16
+    lr: float = 1e-3  # of Adam, falling as (1 - epoch/epochs)^0.9 (nnU-Net's schedule)
+    noise_rate: float = 0.0  # share of training labels that are dilated
+    noise_radius: int = 6  # by 0 to so many pixels (MCPM sec. 4.1)
+    validation: float = 0.1  # shares of the patients, where the data do not say
+    test: float = 0.2
+    patch: tuple[int, ...] | None = None
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "32-true"
+    workers: int = 0  # processes that prepare batches
+    out: str = "runs/train"
+
+    def check(self) -> None:
+        for name in ("epochs", "batch_size", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("seed", "workers", "noise_radius"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        if not 0 <= self.noise_rate <= 1:
+            raise ValueError(f"noise_rate must be between 0 and 1, got {self.noise_rate}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}; choose from {', '.join(PRECISIONS)}")
+        methods.configure(self.method, self.options)
+        networks.get(self.network)
+        pick_device(self.device)
+
+
+def read_config(out: Path) -> Config:
+    """The settings of the run in that folder."""
+    path = out / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {out} holds no run to resume")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["config"]
+        if values["patch"] is not None:
+            values["patch"] = tuple(values["patch"])
+        return dataclasses.replace(Config(**values), out=str(out))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: is no configuration of this version ({error})") from error
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    config: Config
+    out: Path
+    history: list[dict[str, float]]  # the rows of metrics.csv
+    best_epoch: int
+    test: Summary
+    unit: str  # of HD95
+    pictures: list[dict[str, Any]]  # evaluate.pictures
+
+    def run(self, name: str) -> dict[str, Any]:
+        """As report.write_report takes it."""
+        test = {"dice": self.test.dice, "iou": self.test.iou, "hd95": self.test.hd95}
+        return {"name": name, "metrics_csv": self.out / "metrics.csv", "test": test}
+
+
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    picture_ids: Sequence[str] | None = None,
+    report: bool = True,
+) -> Result:
+    """Train, keep the weights with the best validation Dice, and test those.
+
+    resume: go on from config.out/last.pt; the parameters come out as if the run had never stopped (bit for
+    bit on one CPU with the same threads). console: where progress bars go, None for none. picture_ids: the
+    cases whose pictures are kept; by default some test cases and two with corrupted labels. report: write
+    report.html.
+
+    Raises ValueError (DataError) for bad settings or data before anything is written, FileExistsError when
+    config.out holds a run already, FloatingPointError when the loss is not finite.
+    """
+    config.check()
+    out = Path(config.out)
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(
+            f"{out} is not empty; choose another folder (--out) or resume the run in it (--resume)"
+        )
+    data = open_data(config.data, validation=config.validation, test=config.test, seed=config.seed)
+    store = Store(data.classes)
+    with progress(console) as bars:
+        task = bars.add_task("reading", total=len(data.split("all")), note="")
+        shape = check(data, store, lambda: bars.advance(task))
+        bars.remove_task(task)
+        patch = patch_size(shape, networks.get(config.network).divisor, config.patch)
+        spec = ModelSpec(
+            config.method,
+            config.network,
+            config.width,
+            shape.spatial_dims,
+            shape.channels,
+            data.classes,
+            patch,
+            dict(config.options),
+        )
+        training = TrainingSet(
+            data.training,
+            store,
+            patch,
+            noise_rate=config.noise_rate,
+            noise_radius=config.noise_radius,
+            seed=config.seed,
+        )
+        loop = _Loop(config, spec, data, store, training)
+        if resume:
+            loop.resume()
+        loop.describe()
+        loop.run(bars)
+        result = loop.finish(bars, picture_ids)
+    if report:
+        from .report import write_report
+
+        name = config.method
+        overlays = merge_pictures({name: result.pictures})
+        write_report(
+            out / "report.html",
+            title=f"{config.method} on {config.data}, noise rate {config.noise_rate:g}",
+            runs=[result.run(name)],
+            overlays=overlays,
+            notes=[f"Test: {result.test.sentence(result.unit)}.", f"Best epoch: {result.best_epoch}."],
+        )
+    return result
+
+
+def merge_pictures(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The pictures of several runs of the same cases, as report.write_report takes them."""
+    merged: dict[str, dict[str, Any]] = {}
+    for name, pictures in runs.items():
+        for picture in pictures:
+            entry = merged.setdefault(
+                picture["id"],
+                {k: picture[k] for k in ("id", "image", "clean", "noisy")} | {"predictions": {}},
+            )
+            if entry["noisy"] is None:
+                entry["noisy"] = picture["noisy"]
+            entry["predictions"][name] = picture["prediction"]
+    return list(merged.values())
+
+
+class _Loop:
+    """The state of a run and what is done with it."""
+
+    def __init__(
+        self, config: Config, spec: ModelSpec, data: Data, store: Store, training: TrainingSet
+    ) -> None:
+        from lightning.fabric import Fabric, seed_everything
+
+        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+        self.config, self.spec, self.data, self.store, self.training = config, spec, data, store, training
+        self.out = Path(config.out)
+        self.device = pick_device(config.device)
+        precision: Any = config.precision
+        devices: Any = 1 if self.device.type == "cpu" else [self.device.index]
+        self.fabric = Fabric(accelerator=self.device.type, devices=devices, precision=precision)
+        seed_everything(config.seed, verbose=False)
+        self.method = spec.build()
+        optimizer = torch.optim.Adam(self.method.parameters(), lr=config.lr)
+        self.module, self.optimizer = self.fabric.setup(self.method, optimizer)
+        self.module.mark_forward_method("training_step")
+        self.epoch = 0  # the next to be trained
+        self.step = 0
+        self.best = -1.0
+        self.best_epoch = -1
+        self.history: list[dict[str, float]] = []
+
+    # -- files --
+
+    def split(self) -> dict[str, list[str]]:
+        return {name: [c.id for c in self.data.split(name)] for name in ("training", "validation", "test")}
+
+    def describe(self) -> None:
+        """config.json and split.json, before the first epoch."""
+        content = {
+            "config": dataclasses.asdict(self.config),
+            "method_options": dataclasses.asdict(self.method.config),
+            "model": spec_dict(self.spec),
+            "versions": {"noisyseg-fast": __version__, "torch": torch.__version__},
+        }
+        write_json(self.out / "config.json", content)
+        write_json(self.out / "split.json", self.split())
+
+    def save(self, name: str, **more: Any) -> None:
+        content = {
+            "format": FORMAT,
+            "version": __version__,
+            "model": spec_dict(self.spec),
+            "config": dataclasses.asdict(self.config),
+            "method": self.method.state_dict(),
+            "epoch": self.epoch,
+            **more,
+        }
+        with written(self.out / name) as temporary:
+            torch.save(content, temporary)
+
+    def save_last(self) -> None:
+        self.save(
+            "last.pt",
+            optimizer=self.optimizer.state_dict(),
+            step=self.step,
+            best=self.best,
+            best_epoch=self.best_epoch,
+            history=self.history,
+            random=_random_state(),
+        )
+
+    def resume(self) -> None:
+        path = self.out / "last.pt"
+        if not path.is_file():  # stopped in the first epoch
+            return
+        state = read_checkpoint(path)
+        if spec_of(state) != self.spec:
+            raise ValueError(f"{path}: was trained with another model than {self.spec}")
+        before = json.loads((self.out / "split.json").read_text(encoding="utf-8"))
+        if before != self.split():
+            raise ValueError(
+                f"{self.config.data}: its cases are no longer those of {self.out / 'split.json'}"
+            )
+        if state["epoch"] > self.config.epochs:
+            raise ValueError(f"epochs must be at least {state['epoch']}, which are done already")
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.best, self.best_epoch, self.history = state["best"], state["best_epoch"], state["history"]
+        _set_random_state(state["random"])
+
+    # -- training --
+
+    def run(self, bars: Progress) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        batches = -(-len(self.training) // self.config.batch_size)
+        task = bars.add_task(self.config.method, total=self.config.epochs * batches, note="")
+        bars.update(task, completed=self.epoch * batches)
+        log: Any = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch)
+        try:
+            while self.epoch < self.config.epochs:
+                self._epoch(bars, task, log)
+        finally:
+            log.close()
+        bars.remove_task(task)
+
+    def _epoch(self, bars: Progress, task: Any, log: Any) -> None:
+        start, epoch, config = time.perf_counter(), self.epoch, self.config
+        rate = config.lr * (1 - epoch / config.epochs) ** 0.9
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.module.train()
+        total: dict[str, torch.Tensor] = {}
+        batches = 0
+        for batch in self._batches(epoch):
+            losses = self.module.training_step(batch, self.step)
+            self.optimizer.zero_grad()
+            self.fabric.backward(losses["loss"])
+            self.optimizer.step()
+            for name, value in losses.items():
+                total[name] = total.get(name, 0) + value.detach()
+            self.step += 1
+            batches += 1
+            bars.advance(task)
+        means = {name: float(value) / batches for name, value in total.items()}
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(
+                f"the training loss of epoch {epoch} is {means['loss']}; try a smaller lr"
+            )
+        self.module.eval()
+        val = evaluate.summarize(self._scores(self.data.validation))
+        row = {
+            "epoch": epoch,
+            "train_loss": means["loss"],
+            "val_dice": val.dice,
+            "val_iou": val.iou,
+            "val_hd95": val.hd95,
+            "val_empty": val.empty_predictions,
+            "lr": rate,
+            "seconds": time.perf_counter() - start,
+        }
+        self.history.append(row)
+        self.epoch += 1
+        if val.dice > self.best or self.best_epoch < 0:
+            self.best, self.best_epoch = val.dice if math.isfinite(val.dice) else -1.0, epoch
+            self.save("best.pt")
+        # The history travels in last.pt, so metrics.csv can always be made whole after a crash.
+        self.save_last()
+        write_csv(self.out / "metrics.csv", COLUMNS, self.history)
+        for name, number in (
+            ("val/dice", val.dice),
+            ("val/iou", val.iou),
+            ("val/hd95", val.hd95),
+            ("lr", rate),
+        ):
+            log.add_scalar(name, number, epoch)
+        for name, number in means.items():
+            log.add_scalar(f"train/{name}", number, epoch)
+        note = f"epoch {self.epoch}/{config.epochs}  loss {means['loss']:.4f}  val Dice {val.dice:.4f}"
+        bars.update(task, note=note)
+
+    def _batches(self, epoch: int) -> Iterator[methods.Batch]:
+        self.training.epoch = epoch
+        loader: Any = torch.utils.data.DataLoader(
+            self.training,
+            batch_size=self.config.batch_size,
+            sampler=self.training.order(epoch),
+            num_workers=self.config.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator().manual_seed(self.config.seed + epoch),
+        )
+        moved: Any = self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+        yield from moved
+
+    def _scores(self, cases: Sequence[Case]) -> list[evaluate.Score]:
+        return evaluate.evaluate(
+            self.module, cases, self.store, self.spec.patch, self.device, self.config.batch_size
+        )
+
+    # -- the end --
+
+    def finish(self, bars: Progress, picture_ids: Sequence[str] | None) -> Result:
+        method, _ = load_model(read_checkpoint(self.out / "best.pt"), self.device)
+        data, patch = self.data, self.spec.patch
+        task = bars.add_task("testing", total=len(data.test), note="")
+        scores = evaluate.evaluate(
+            method,
+            data.test,
+            self.store,
+            patch,
+            self.device,
+            self.config.batch_size,
+            lambda: bars.advance(task),
+        )
+        summary = evaluate.summarize(scores)
+        evaluate.write_scores(self.out / "test.csv", scores)
+        content = {"best_epoch": self.best_epoch, "unit": data.unit, "test": summary._asdict()}
+        write_json(self.out / "summary.json", content)
+        index = {case.id: i for i, case in enumerate(data.training)}
+
+        def noisy(case: Case) -> Array | None:
+            i = index.get(case.id)
+            return self.training.label(i) if i is not None and self.training.radii[i] else None
+
+        ids = picture_ids
+        if ids is None:
+            corrupted = [data.training[i].id for i in np.flatnonzero(self.training.radii)]
+            ids = [*spread(data.test, 4), *corrupted[:2]]
+        shown = evaluate.pictures(method, data, self.store, patch, self.device, ids, noisy)
+        return Result(self.config, self.out, self.history, self.best_epoch, summary, data.unit, shown)
+
+
+def spread(cases: Sequence[Case], count: int) -> list[str]:
+    """The ids of `count` cases, evenly spread."""
+    chosen = np.unique(np.linspace(0, len(cases) - 1, min(count, len(cases))).astype(int))
+    return [cases[i].id for i in chosen]
+
+
+def progress(console: Console | None) -> Progress:
+    """Progress bars on the console; none without one."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    return Progress(*columns, console=console, disable=console is None, transient=True)
+
+
+def _random_state() -> dict[str, Any]:
+    """The global generators, as tensors and plain values, so that torch can load them with weights_only."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

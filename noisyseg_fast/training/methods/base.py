@@ -1,0 +1,96 @@
+"""What every method is made of, and the register of methods."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypedDict
+
+from torch import Tensor, nn
+
+
+class Batch(TypedDict):
+    image: Tensor  # (B, channels, *S) float32, z-scored
+    label: Tensor  # (B, *S) uint8 class index, perhaps corrupted
+    index: Tensor  # (B,) int64, the case's place in the training set
+
+
+Losses = dict[str, Tensor]  # scalars; "loss" is minimised, the others are only logged
+MakeNetwork = Callable[[], nn.Module]
+
+
+class Method(nn.Module):
+    """Base of all methods; this one trains a single network."""
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+
+    def __init__(self, config: Any, make_network: MakeNetwork, channels: int) -> None:
+        """make_network builds the user's network; channels: its outputs, 1 (sigmoid) for two classes."""
+        super().__init__()
+        self.config = config
+        self.activation = "sigmoid" if channels == 1 else "softmax"
+        self.network = make_network()
+
+    def training_step(self, batch: Batch, step: int) -> Losses:
+        """The losses of one batch; step counts optimiser steps from 0."""
+        raise NotImplementedError
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The logits (B, channels, *S) that are validated, tested and used for prediction."""
+        logits: Tensor = self.network(image)
+        return logits
+
+
+METHODS: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator: makes a method known under `name`."""
+
+    def add(method: type[Method]) -> type[Method]:
+        method.name = name
+        METHODS[name] = method
+        return method
+
+    return add
+
+
+def get(name: str) -> type[Method]:
+    """The method of that name; ValueError lists those there are."""
+    try:
+        return METHODS[name]
+    except KeyError:
+        raise ValueError(f"unknown method {name!r}; choose from {', '.join(METHODS)}") from None
+
+
+def configure(name: str, options: Mapping[str, Any] | None = None) -> Any:
+    """The method's configuration with `options` (values or their text) in place of defaults.
+
+    Raises ValueError for an unknown option or a value of another type than the default's.
+    """
+    config = get(name).Config()
+    fields = {f.name: type(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    values: dict[str, Any] = {}
+    for key, value in (options or {}).items():
+        if key not in fields:
+            known = ", ".join(fields) or "none"
+            raise ValueError(f"method {name} has no option {key!r}; it has: {known}")
+        values[key] = _as(fields[key], value, f"option {key} of method {name}")
+    return dataclasses.replace(config, **values)
+
+
+def _as(kind: type, value: Any, what: str) -> Any:
+    if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} must be of type {kind.__name__}, got {value!r}") from None
+
+
+def create(name: str, options: Mapping[str, Any] | None, make_network: MakeNetwork, channels: int) -> Method:
+    """A fresh method with its networks."""
+    return get(name)(configure(name, options), make_network, channels)

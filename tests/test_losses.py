@@ -1,0 +1,816 @@
+"""The fused losses against noisyseg_fast.reference, torch, MONAI and PyMIC's formula."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+import noisyseg_fast  # noqa: E402
+from noisyseg_fast import losses, reference  # noqa: E402
+
+F = torch.nn.functional
+Tensor = torch.Tensor
+REGION = ("nr_dice_loss", "dice_loss")
+FAMILY = (*REGION, "pixel_loss")
+LABELS = (torch.uint8, torch.bool, torch.int32, torch.int64)
+SHAPES = ((37,), (1,), (5, 7), (1, 9), (33, 31), (3, 5, 7), (4, 1, 17))
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def value_and_grad(
+    function: Callable[..., Tensor], logits: Tensor, *args: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    z = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    loss = function(z, *args, **options)
+    # not all ones, so that a gradient that ignores its place is noticed
+    upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    (grad,) = torch.autograd.grad(loss, z, upstream)
+    return loss.detach(), grad
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b| in norm."""
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300))
+
+
+def example(
+    shape: tuple[int, ...],
+    classes: int,
+    *,
+    seed: int = 0,
+    batch: int = 2,
+    soft: bool = False,
+    scale: float = 3.0,
+) -> tuple[Tensor, Tensor]:
+    """float64 logits (B, C, *S) and labels (B, *S), or soft labels (B, C, *S)."""
+    random = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(batch, classes, *shape, generator=random, dtype=torch.float64)
+    if soft:
+        return logits, torch.rand(batch, classes, *shape, generator=random, dtype=torch.float64)
+    return logits, torch.randint(max(classes, 2), (batch, *shape), generator=random)
+
+
+def close(name: str, logits: Tensor, target: Tensor, **options: Any) -> None:
+    """Value and gradient equal the reference's: float64 to 1e-12, float32 to 1e-6 in norm."""
+    ours, oracle = getattr(losses, name), getattr(reference, name)
+    want, want_grad = value_and_grad(oracle, logits.double(), target, **options)
+    loss, grad = value_and_grad(ours, logits.double(), target, **options)
+    assert loss.dtype == torch.float64
+    assert loss.shape == want.shape
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=1e-13)
+    assert error(grad, want_grad) <= 1e-12 or (grad - want_grad).abs().max() <= 1e-15
+    # the same numbers that float32 holds, computed in float64
+    single = logits.float()
+    want, want_grad = value_and_grad(oracle, single.double(), target, **options)
+    loss, grad = value_and_grad(ours, single, target, **options)
+    assert loss.dtype == torch.float32
+    assert grad.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+    assert error(grad, want_grad) <= 1e-6 or (grad - want_grad).abs().max() <= 1e-12
+
+
+# ---- against the reference ------------------------------------------------------------------------
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_equals_reference(data: st.DataObject) -> None:
+    pick = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    name = pick(*FAMILY)
+    classes, shape = pick(1, 2, 3, 14), pick(*SHAPES)
+    soft = data.draw(st.booleans())
+    logits, target = example(
+        shape, classes, seed=data.draw(st.integers(0, 99)), batch=pick(1, 2, 3), soft=soft
+    )
+    if not soft:
+        target = target.to(pick(*(LABELS if classes < 3 else (torch.uint8, torch.int32, torch.int64))))
+    random = torch.Generator().manual_seed(1)
+    pixels = (logits.shape[0], *shape)
+    options: dict[str, Any] = {
+        "activation": "sigmoid" if classes == 1 else pick("sigmoid", "softmax"),
+        "weight": pick(None, torch.rand(pixels, generator=random, dtype=torch.float64)),
+        "mask": pick(None, torch.rand(pixels, generator=random) > 0.3),
+        "reduction": pick("mean", "sum", "none"),
+    }
+    if name in REGION:
+        options["denominator"] = pick("linear", "squared")
+        options["per_image"] = data.draw(st.booleans())
+        options["include_background"] = data.draw(st.booleans())
+        options["eps"] = pick(1e-5, 1.0)
+    else:
+        options["class_weight"] = pick(None, [0.5 + c for c in range(classes)])
+    if name == "nr_dice_loss":
+        options["gamma"] = pick(1.0, 1.3, 1.5, 2.0)
+    close(name, logits, target, **options)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(
+    ("classes", "shape"), [(65, (13, 11)), (300, (7,)), (1024, (3,)), (2, (3, 70, 71)), (1, (9001,))]
+)
+def test_many_classes_and_pixels(name: str, classes: int, shape: tuple[int, ...]) -> None:
+    logits, target = example(shape, classes)
+    for activation in ("sigmoid", "softmax")[: 1 + (classes > 1)]:
+        close(name, logits, target.to(torch.int32), activation=activation)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("dtype", LABELS)
+@pytest.mark.parametrize("classes", [1, 2])
+def test_label_dtypes_and_channel_axis(name: str, dtype: torch.dtype, classes: int) -> None:
+    logits, target = example((5, 7), classes)
+    function = getattr(losses, name)
+    want, want_grad = value_and_grad(function, logits, target, activation="sigmoid")
+    for labels in (target.to(dtype), target.to(dtype)[:, None]):
+        loss, grad = value_and_grad(function, logits, labels, activation="sigmoid")
+        assert torch.equal(loss, want)
+        assert torch.equal(grad, want_grad)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("classes", [1, 3])
+def test_one_hot_and_soft_dtypes(name: str, classes: int) -> None:
+    logits, target = example((5, 7), classes)
+    hot = target[:, None] if classes == 1 else F.one_hot(target, classes).movedim(-1, 1)
+    function = getattr(losses, name)
+    want, want_grad = value_and_grad(function, logits, target, activation="sigmoid")
+    for dtype in (
+        torch.uint8,
+        torch.bool,
+        torch.int64,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    ):
+        loss, grad = value_and_grad(function, logits, hot.to(dtype), activation="sigmoid")
+        torch.testing.assert_close(loss, want, rtol=1e-13, atol=0)
+        torch.testing.assert_close(grad, want_grad, rtol=1e-12, atol=1e-15)
+    if classes == 1:  # soft labels without the channel axis
+        soft = torch.rand(2, 5, 7, dtype=torch.float64)
+        assert torch.equal(
+            function(logits, soft, activation="sigmoid"),
+            function(logits, soft[:, None], activation="sigmoid"),
+        )
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-10)])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_half_precision_rounds_once(name: str, dtype: torch.dtype, tolerance: float, activation: str) -> None:
+    logits, target = example((33, 31), 3)
+    logits = logits.to(dtype)
+    function = getattr(losses, name)
+    # a loss scale, as GradScaler has it, keeps float16's gradient out of the denormals
+    scaled = lambda *args, **options: 1024 * function(*args, **options)  # noqa: E731
+    loss, grad = value_and_grad(scaled, logits, target, activation=activation)
+    want, want_grad = value_and_grad(scaled, logits.float(), target, activation=activation)
+    assert loss.dtype == torch.float32
+    assert grad.dtype == dtype
+    assert torch.equal(loss, want)
+    torch.testing.assert_close(grad.float(), want_grad, rtol=tolerance, atol=1e-7)
+
+
+# ---- layouts --------------------------------------------------------------------------------------
+
+
+def _layouts(x: Tensor) -> dict[str, Tensor]:
+    """The same values (B, C, H, W) in other strides."""
+    wide = torch.full((*x.shape[:2], 2 * x.shape[2], 3 * x.shape[3]), 9, dtype=x.dtype)
+    wide[:, :, ::2, ::3] = x
+    return {
+        "channels_last": x.to(memory_format=torch.channels_last),
+        "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
+        "batch inside": x.movedim(0, -1).contiguous().movedim(-1, 0),
+        "sliced": wide[:, :, ::2, ::3],
+        "expanded": x[:1].expand_as(x),
+        "expanded pixels": x[:, :, :1].expand_as(x),
+    }
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_any_strides(name: str, activation: str, dtype: torch.dtype) -> None:
+    logits, _ = example((9, 35), 3, batch=3)
+    logits = logits.to(dtype)
+    soft = torch.rand(logits.shape)
+    labels = torch.randint(3, (3, 1, 9, 35), dtype=torch.uint8)
+    weight, mask = torch.rand(3, 1, 9, 35), torch.rand(3, 1, 9, 35) > 0.3
+    function = getattr(losses, name)
+    for kind in _layouts(logits):
+        z = _layouts(logits)[kind]
+        for target in (soft, labels):
+            given_, w, m = (_layouts(x)[kind] for x in (target, weight, mask))
+            copies = [x.clone() for x in (z, given_, w, m)]
+            for reduction in ("mean", "none"):
+                options: dict[str, Any] = {"activation": activation, "reduction": reduction}
+                # contiguous copies must give the same bits
+                want, want_grad = value_and_grad(
+                    function,
+                    z.contiguous(),
+                    given_.contiguous(),
+                    weight=w.contiguous(),
+                    mask=m.contiguous(),
+                    **options,
+                )
+                leaf = z.detach().requires_grad_()
+                loss = function(leaf, given_, weight=w, mask=m, **options)
+                upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+                (grad,) = torch.autograd.grad(loss, leaf, upstream)
+                assert torch.equal(loss, want), kind
+                assert torch.equal(grad, want_grad), kind
+                if kind in ("channels_last", "transposed", "batch inside"):
+                    assert grad.stride() == z.stride(), kind
+                # an expanded gradient from above
+                (grad,) = torch.autograd.grad(function(leaf, given_, weight=w, mask=m, **options).sum(), leaf)
+                assert torch.isfinite(grad).all()
+            assert all(torch.equal(x, c) for x, c in zip((z, given_, w, m), copies, strict=True)), (
+                "inputs were written"
+            )
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_numpy_gives_the_same_value(name: str) -> None:
+    logits, target = example((9, 11), 3)
+    weight = torch.rand(2, 9, 11)
+    function = getattr(losses, name)
+    for z in (logits, logits.float(), logits.half()):
+        for reduction in ("mean", "none"):
+            want = function(z, target, weight=weight, reduction=reduction)
+            value = function(z.numpy(), target.numpy(), weight=weight.numpy(), reduction=reduction)
+            assert isinstance(value, np.ndarray)
+            np.testing.assert_array_equal(value, want.numpy())
+    back = [
+        np.ascontiguousarray(x.numpy()[..., ::-1, ::-1])[..., ::-1, ::-1] for x in (logits, target, weight)
+    ]
+    assert back[0].strides[-1] < 0
+    np.testing.assert_array_equal(
+        function(back[0], back[1], weight=back[2], reduction="none"),
+        function(logits, target, weight=weight, reduction="none").numpy(),
+    )
+    if name == "pixel_loss":
+        np.testing.assert_array_equal(
+            function(logits.numpy(), target.numpy(), class_weight=[1.0, 2.0, 3.0]),
+            function(logits, target, class_weight=[1.0, 2.0, 3.0]).numpy(),
+        )
+
+
+def test_class_weight_of_any_stride() -> None:
+    logits, target = example((9, 11), 3)
+    wide = torch.tensor([1.0, 9.0, 2.0, 9.0, 3.0])
+    want = losses.pixel_loss(logits, target, class_weight=[1.0, 2.0, 3.0])
+    assert torch.equal(losses.pixel_loss(logits, target, class_weight=wide[::2]), want)
+    assert torch.equal(losses.pixel_loss(logits, target, class_weight=wide[::2].double()), want)
+
+
+# ---- against others' definitions ------------------------------------------------------------------
+
+
+def test_dice_equals_monai() -> None:
+    monai = pytest.importorskip("monai.losses")
+    logits, target = example((9, 11), 3)
+    hot = F.one_hot(target, 3).movedim(-1, 1).double()
+    for background in (True, False):
+        for batch in (True, False):
+            want, want_grad = value_and_grad(
+                monai.DiceLoss(
+                    sigmoid=True, smooth_nr=1e-5, smooth_dr=1e-5, include_background=background, batch=batch
+                ),
+                logits,
+                hot,
+            )
+            loss, grad = value_and_grad(
+                losses.dice_loss,
+                logits,
+                target,
+                denominator="linear",
+                include_background=background,
+                per_image=not batch,
+            )
+            torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+            assert error(grad, want_grad) < 1e-12
+
+
+def test_cross_entropy_equals_torch() -> None:
+    logits, target = example((9, 11), 5)
+    class_weight = torch.tensor([0.3, 1.0, 2.0, 0.7, 1.1], dtype=torch.float64)
+    for cw in (None, class_weight):
+        for reduction in ("mean", "sum", "none"):
+            want, want_grad = value_and_grad(F.cross_entropy, logits, target, weight=cw, reduction=reduction)
+            loss, grad = value_and_grad(
+                losses.pixel_loss, logits, target, class_weight=cw, reduction=reduction
+            )
+            torch.testing.assert_close(loss, want, rtol=1e-12, atol=1e-15)
+            assert error(grad, want_grad) < 1e-12
+    ignored = torch.where(torch.rand(target.shape) < 0.3, 255, target)
+    want = F.cross_entropy(logits, ignored, weight=class_weight, ignore_index=255)
+    loss = losses.pixel_loss(logits, ignored, class_weight=class_weight, mask=ignored != 255)
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+    two, binary = logits[:, :1], (target > 2).to(torch.uint8)
+    want, want_grad = value_and_grad(F.binary_cross_entropy_with_logits, two, binary[:, None].double())
+    loss, grad = value_and_grad(losses.pixel_loss, two, binary, activation="sigmoid")
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+    assert error(grad, want_grad) < 1e-12
+
+
+def test_nr_dice_equals_pymic() -> None:
+    """METHODS.md section 2: batch flattened, sum p + sum g below, mean over all classes, softmax."""
+    logits, target = example((9, 11), 3)
+    p = logits.softmax(1).movedim(1, -1).reshape(-1, 3)
+    g = F.one_hot(target, 3).reshape(-1, 3).double()
+    want = (((p - g).abs() ** 1.5).sum(0) / (p.sum(0) + g.sum(0) + 1e-5)).mean()
+    loss = losses.nr_dice_loss(logits, target, denominator="linear", per_image=False, activation="softmax")
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+    # its gamma 1 is Soerensen's Dice, exactly, for binary g
+    linear: dict[str, Any] = {"denominator": "linear", "eps": 0.0}
+    torch.testing.assert_close(
+        losses.nr_dice_loss(logits, target, gamma=1, **linear),
+        losses.dice_loss(logits, target, **linear),
+        rtol=1e-12,
+        atol=0,
+    )
+
+
+def test_gamma_two_is_squared_dice() -> None:
+    for soft in (False, True):
+        logits, target = example((9, 11), 3, soft=soft)
+        two, two_grad = value_and_grad(losses.nr_dice_loss, logits, target, gamma=2, eps=0.0)
+        dice, dice_grad = value_and_grad(losses.dice_loss, logits, target, eps=0.0)
+        torch.testing.assert_close(two, dice, rtol=1e-12, atol=0)
+        assert error(two_grad, dice_grad) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gamma_one_slope_is_zero_at_the_target(dtype: torch.dtype) -> None:
+    """Where p = g exactly: under the sigmoid that is at both ends, under softmax over four classes at 1/4."""
+    ends = torch.tensor([[[-1e4, 1e4, -1e4, 1e4]]], dtype=dtype)
+    quarters = torch.zeros(1, 4, 5, dtype=dtype)
+    for gamma in (1.0, 1.3, 1.5, 2.0):
+        loss, grad = value_and_grad(losses.nr_dice_loss, ends, (ends > 0).to(dtype), gamma=gamma)
+        assert loss == 0
+        assert not grad.any()
+        loss, grad = value_and_grad(
+            losses.nr_dice_loss, quarters, torch.full_like(quarters, 0.25), gamma=gamma, activation="softmax"
+        )
+        assert loss == 0
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_gradcheck(name: str, activation: str) -> None:
+    for classes in (2, 3):
+        logits, target = example((3, 4), classes, scale=1.0)
+        weight = torch.rand(2, 3, 4, dtype=torch.float64)
+        for reduction in ("mean", "none"):
+            run = functools.partial(
+                getattr(losses, name),
+                target=target,
+                activation=activation,
+                weight=weight,
+                reduction=reduction,
+            )
+            assert torch.autograd.gradcheck(run, logits.clone().requires_grad_())
+
+
+# ---- extremes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("classes", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_huge_logits_stay_finite(name: str, classes: int, dtype: torch.dtype) -> None:
+    logits, target = example((5, 7), classes)
+    logits = (1e4 * logits.sign()).to(dtype)
+    for activation in ("sigmoid", "softmax")[: 1 + (classes > 1)]:
+        for extra in ({"gamma": 1.0}, {"gamma": 1.3}, {}) if name == "nr_dice_loss" else ({},):
+            loss, grad = value_and_grad(getattr(losses, name), logits, target, activation=activation, **extra)
+            want, _ = value_and_grad(
+                getattr(reference, name), logits.double(), target, activation=activation, **extra
+            )
+            assert torch.isfinite(loss)
+            assert torch.isfinite(grad).all()
+            torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_nan(name: str, dtype: torch.dtype, classes: int) -> None:
+    function = getattr(losses, name)
+    logits, target = example((5, 7), classes)
+    logits = logits.to(dtype)
+    mask = torch.ones(2, 5, 7, dtype=torch.bool)
+    mask[0, 2] = mask[1, :, 3] = False
+    weight = torch.rand(2, 5, 7)
+    for activation in ("sigmoid", "softmax")[: 1 + (classes > 1)]:
+        for reduction in ("mean", "none"):
+            options: dict[str, Any] = {"activation": activation, "mask": mask, "reduction": reduction}
+            want, want_grad = value_and_grad(function, logits, target, weight=weight, **options)
+            for bad in (float("nan"), float("inf")):
+                loss, grad = value_and_grad(
+                    function,
+                    logits.masked_fill(~mask[:, None], bad),
+                    target.masked_fill(~mask, 255),
+                    weight=weight.masked_fill(~mask, bad),
+                    **options,
+                )
+                assert torch.equal(loss, want)
+                assert torch.equal(grad, want_grad)
+        for channel in range(classes):  # whichever channel it is in, and whatever the label
+            for pixel in range(5):
+                spoilt = logits.clone()
+                spoilt[1, channel, pixel, 0] = float("nan")
+                loss, grad = value_and_grad(function, spoilt, target, activation=activation)
+                assert torch.isnan(loss)
+                assert torch.isnan(grad).any()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nothing_there(name: str, reduction: str) -> None:
+    function = getattr(losses, name)
+    for classes in (1, 2, 3):
+        activations = ("sigmoid", "softmax")[: 1 + (classes > 1)]
+        logits, target = example((5, 7), classes)
+        for activation in activations:
+            options: dict[str, Any] = {"activation": activation, "reduction": reduction}
+            for eps in ({}, {"eps": 0.0}) if name in REGION else ({},):
+                out, grad = value_and_grad(
+                    function, logits, target, mask=torch.zeros(2, 5, 7), **options, **eps
+                )
+                assert not out.any()
+                assert not grad.any()
+            for empty in (logits[:0], logits[..., :0]):
+                out, grad = value_and_grad(
+                    function, empty, target[: len(empty), ..., : empty.shape[-1]], **options
+                )
+                assert not out.any()
+                assert grad.shape == empty.shape
+                assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("classes", [1, 2, 3, 300])
+def test_label_out_of_range(name: str, classes: int) -> None:
+    function = getattr(losses, name)
+    logits, target = example((5, 67), classes)
+    top = max(classes, 2) - 1
+    mask = torch.ones(2, 5, 67)
+    mask[1, 4, 66] = mask[0, 0, 3] = 0
+    want = function(logits, target, mask=mask, activation="sigmoid")
+    for dtype in (torch.uint8, torch.int32, torch.int64):
+        if dtype == torch.uint8 and classes == 300:
+            continue
+        for label in (top + 1, 255 if classes < 255 else 400, -1, 256 + top, 2**32, 2**40):
+            bad = target.clone()
+            bad[1, 4, 66] = bad[0, 0, 3] = label
+            if not torch.iinfo(dtype).min <= label <= torch.iinfo(dtype).max or (
+                label == 256 + top and classes == 300
+            ):
+                continue
+            if label <= top and label >= 0:
+                continue
+            bad = bad.to(dtype)
+            with pytest.raises(ValueError, match=rf"target holds a label outside 0\.\.{top}"):
+                function(logits, bad, activation="sigmoid")
+            assert torch.equal(function(logits, bad, mask=mask, activation="sigmoid"), want)
+            loss = function(logits, bad, weight=mask, activation="sigmoid", reduction="sum")
+            assert torch.equal(
+                loss, function(logits, target, mask=mask, activation="sigmoid", reduction="sum")
+            )
+
+
+def test_label_of_no_class_counts_for_nothing_in_the_mean() -> None:
+    """A label out of range is allowed where the weight is 0, and has no class weight to count."""
+    for classes in (2, 3):
+        logits, target = example((5, 7), classes)
+        weight = torch.ones(2, 5, 7)
+        weight[0, 1, 1] = 0
+        bad = target.clone()
+        bad[0, 1, 1] = 255
+        assert torch.equal(
+            losses.pixel_loss(logits, bad, weight=weight), losses.pixel_loss(logits, target, mask=weight)
+        )
+
+
+# ---- the same bits --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_same_bits_every_time(name: str, dtype: torch.dtype) -> None:
+    logits, target = example((97, 131), 2)
+    logits, target = logits.to(dtype), target.to(torch.uint8)
+    results = []
+    for run in range(100):
+        torch.set_num_threads(1 + run % 2)
+        results.append(value_and_grad(getattr(losses, name), logits, target))
+    assert all(torch.equal(a, results[0][0]) and torch.equal(b, results[0][1]) for a, b in results)
+
+
+def test_instruction_sets_agree() -> None:
+    code = """
+import torch, noisyseg_fast as n
+torch.manual_seed(0)
+z = (3 * torch.randn(2, 3, 33, 31)).requires_grad_()
+y = torch.randint(3, (2, 33, 31))
+softmax = n.nr_dice_loss(z, y, gamma=1.3, activation="softmax")
+for loss in (n.nr_dice_loss(z, y), softmax, n.dice_loss(z, y), n.pixel_loss(z, y)):
+    (grad,) = torch.autograd.grad(loss, z)
+    print(*loss.reshape(1).tolist(), *grad.flatten().tolist())
+"""
+    outputs = []
+    for isa in ("baseline", "avx2", "avx512"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "NOISYSEG_ISA": isa},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append([torch.tensor([float(x) for x in line.split()]) for line in done.stdout.splitlines()])
+    for other in outputs[1:]:
+        for a, b in zip(outputs[0], other, strict=True):
+            assert abs(a[0] - b[0]) <= 1e-6 * abs(a[0])
+            assert error(b[1:], a[1:]) <= 1e-6
+
+
+# ---- in PyTorch -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_compiled_equals_eager(name: str) -> None:
+    torch._dynamo.reset()
+    function = getattr(losses, name)
+    logits, target = example((17, 19), 3)
+    weight, mask = torch.rand(2, 17, 19), torch.rand(2, 17, 19) > 0.3
+    extra: dict[str, Any] = (
+        {"class_weight": [1.0, 2.0, 3.0]} if name == "pixel_loss" else {"per_image": False}
+    )
+
+    def step(z: Tensor, y: Tensor, w: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        return function(z, y, weight=w, mask=m, **extra), function(
+            z, y, activation="softmax", reduction="none"
+        )
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for z in (logits.float(), logits.float().to(memory_format=torch.channels_last), logits.bfloat16()):
+        results = []
+        for run in (step, compiled):
+            leaf = z.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+            one, many = run(leaf, target, weight, mask)
+            (one + (many * torch.linspace(0, 1, many.numel()).reshape(many.shape)).sum()).backward()
+            results.append((one.detach(), many.detach(), leaf.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        assert results[0][2].stride() == results[1][2].stride()
+
+
+def test_compiled_by_inductor() -> None:
+    torch._dynamo.reset()
+    logits, target = example((17, 19), 2)
+    logits, target = logits.float(), target.to(torch.uint8)
+    compiled = torch.compile(lambda z, y: losses.nr_dice_loss(z, y), fullgraph=True)
+    for a, b in zip(
+        value_and_grad(compiled, logits, target),
+        value_and_grad(losses.nr_dice_loss, logits, target),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_autocast(name: str) -> None:
+    logits, target = example((9, 11), 3)
+    layer = torch.nn.Conv2d(3, 3, 1).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        z = layer(logits.float())
+        loss = getattr(losses, name)(z, target)
+    assert z.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.any()
+    assert torch.equal(loss.detach(), getattr(losses, name)(z.detach(), target))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_what_is_not_there_raises(name: str) -> None:
+    """Second derivatives and forward mode are errors, never silent zeros."""
+    function = getattr(losses, name)
+    logits, target = example((3, 4), 2)
+    z = logits.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(function(z, target), z, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        torch.autograd.grad(grad.square().sum(), z)
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
+        torch.func.jvp(lambda x: function(x, target), (logits,), (torch.ones_like(logits),))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(logits, torch.ones_like(logits))
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
+            function(dual, target)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(lambda x: function(x[None], target[:1]))(logits)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_gradient_only_for_logits(name: str) -> None:
+    function = getattr(losses, name)
+    logits, target = example((3, 4), 2, soft=True)
+    floats = torch.rand(2, 3, 4, dtype=torch.float64)
+    for argument in ("weight", "mask"):
+        with pytest.raises(ValueError, match=f"{argument} requires a gradient, but only logits receive one"):
+            function(logits, target, **{argument: floats.clone().requires_grad_()})
+    with pytest.raises(ValueError, match="target requires a gradient"):
+        function(logits, target.clone().requires_grad_())
+    if name == "pixel_loss":
+        with pytest.raises(ValueError, match="class_weight requires a gradient"):
+            function(logits, target, class_weight=torch.ones(2, requires_grad=True))
+    with torch.no_grad():  # nothing is lost there
+        function(logits, target, weight=floats.clone().requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("NRDiceLoss", "nr_dice_loss"), ("DiceLoss", "dice_loss"), ("PixelLoss", "pixel_loss")],
+)
+def test_modules(module: str, name: str) -> None:
+    logits, target = example((5, 7), 3)
+    weight, mask = torch.rand(2, 1, 5, 7), torch.rand(2, 5, 7) > 0.5
+    loss = getattr(noisyseg_fast, module)(activation="softmax", reduction="none")
+    want = getattr(losses, name)(
+        logits, target, weight=weight, mask=mask, activation="softmax", reduction="none"
+    )
+    assert torch.equal(loss(logits, target, weight=weight, mask=mask), want)
+    assert torch.equal(loss(logits, target, weight, mask), want)
+    assert "activation='softmax'" in repr(loss)
+    assert not list(loss.parameters())
+    with pytest.raises(TypeError, match=f"{module} has no argument 'gama'; it takes"):
+        getattr(noisyseg_fast, module)(gama=1.5)
+    with pytest.raises(TypeError, match="has no argument 'weight'"):
+        getattr(noisyseg_fast, module)(weight=weight)
+
+
+# ---- error messages -------------------------------------------------------------------------------
+
+Z = torch.zeros(2, 3, 5, 7)
+Y = torch.zeros(2, 5, 7, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        (
+            (torch.zeros(5), Y),
+            ValueError,
+            r"logits must be \(B, C, \*S\) with 2 to 8 dimensions, got shape \(5,\)",
+        ),
+        ((torch.zeros((1,) * 9), Y), ValueError, "logits must be .* with 2 to 8 dimensions"),
+        ((Z.int(), Y), TypeError, "logits has dtype int32; use one of float16, bfloat16, float32, float64"),
+        ((Z.to(torch.complex64), Y), TypeError, "logits has dtype torch.complex64; use one of"),
+        ((Z[:, :0], Y), ValueError, "logits must have 1 to 1024 channels"),
+        ((torch.zeros(1, 1025, 2), torch.zeros(1, 2, dtype=torch.int32)), ValueError, "1 to 1024 channels"),
+        (
+            (Z, Y[:1]),
+            ValueError,
+            r"target has shape \(1, 5, 7\); for logits of shape \(2, 3, 5, 7\) it must be \(2, 5, 7\)",
+        ),
+        ((Z, Y[..., :6]), ValueError, r"target has shape \(2, 5, 6\)"),
+        ((Z, Z[:, :2]), ValueError, r"target has shape \(2, 2, 5, 7\)"),
+        (
+            (Z, Y.float()),
+            TypeError,
+            r"target has dtype float32 for class numbers of shape \(2, 5, 7\); use one of uint8",
+        ),
+        ((Z, Y.to(torch.int16)), TypeError, "target has dtype torch.int16; use one of uint8"),
+        (
+            (Z, Y.numpy()),
+            TypeError,
+            "logits is a torch array and target a numpy array; pass both as one kind",
+        ),
+        ((Z.numpy(), Y), TypeError, "logits is a numpy array and target a torch array"),
+        (
+            (Z.tolist(), Y),
+            TypeError,
+            "logits must be a torch tensor, a NumPy or CuPy array or a DLPack object, not list",
+        ),
+        ((Z, None), TypeError, "target must be an array, not None"),
+        ((Z.to_sparse(), Y), TypeError, r"logits is a sparse tensor .*; pass logits.to_dense\(\)"),
+        ((Z.to("meta"), Y.to("meta")), TypeError, "logits is on device meta; supported are cpu and cuda"),
+        ((Z.numpy(), Y.numpy().astype(np.int16)), TypeError, "target has dtype int16"),
+        ((Z.numpy().astype(">f4"), Y.numpy()), (TypeError, ValueError), "native byte order|dtype >f4"),
+    ],
+)
+def test_wrong_arrays(name: str, arguments: tuple[Any, Any], kind: Any, message: str) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        getattr(losses, name)(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        (
+            {"weight": torch.ones(2, 5, 6)},
+            ValueError,
+            r"weight has shape \(2, 5, 6\); .* it must be \(2, 5, 7\)",
+        ),
+        (
+            {"mask": torch.ones(2, 3, 5, 7)},
+            ValueError,
+            r"mask has shape \(2, 3, 5, 7\); .* it must be \(2, 5, 7\)",
+        ),
+        ({"weight": Y}, TypeError, "weight has dtype uint8; use one of float16"),
+        ({"weight": np.ones((2, 5, 7), "f4")}, TypeError, "logits is a torch array and weight a numpy array"),
+        ({"mask": 1.0}, TypeError, "mask must be a torch tensor"),
+        ({"activation": "relu"}, ValueError, "activation must be one of sigmoid, softmax, got 'relu'"),
+        ({"reduction": "max"}, ValueError, "reduction must be one of mean, sum, none, got 'max'"),
+    ],
+)
+def test_wrong_options(name: str, options: dict[str, Any], kind: Any, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        getattr(losses, name)(Z, Y, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind", "message"),
+    [
+        ("nr_dice_loss", {"gamma": 0.99}, ValueError, r"gamma must lie in \[1, 2\], got 0.99"),
+        ("nr_dice_loss", {"gamma": 2.01}, ValueError, r"gamma must lie in \[1, 2\], got 2.01"),
+        ("nr_dice_loss", {"gamma": float("nan")}, ValueError, r"gamma must lie in \[1, 2\], got nan"),
+        (
+            "nr_dice_loss",
+            {"denominator": "cubed"},
+            ValueError,
+            "denominator must be one of linear, squared, got 'cubed'",
+        ),
+        (
+            "dice_loss",
+            {"denominator": "cubed"},
+            ValueError,
+            "denominator must be one of linear, squared, got 'cubed'",
+        ),
+        ("nr_dice_loss", {"eps": -1.0}, ValueError, "eps must not be negative, got -1.0"),
+        ("dice_loss", {"eps": float("nan")}, ValueError, "eps must not be negative, got nan"),
+        ("pixel_loss", {"kind": "hinge"}, ValueError, "kind must be one of ce, got 'hinge'"),
+        (
+            "pixel_loss",
+            {"class_weight": [1.0, 2.0]},
+            ValueError,
+            r"class_weight has shape \(2,\); it must be \(3,\)",
+        ),
+        (
+            "pixel_loss",
+            {"class_weight": torch.ones(3, dtype=torch.int64)},
+            TypeError,
+            "class_weight has dtype int64",
+        ),
+        (
+            "pixel_loss",
+            {"class_weight": np.ones(3)},
+            TypeError,
+            "logits is a torch array and class_weight a numpy",
+        ),
+        ("pixel_loss", {"class_weight": 2.0}, TypeError, "class_weight must be a torch tensor"),
+    ],
+)
+def test_wrong_options_of_one(name: str, options: dict[str, Any], kind: Any, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        getattr(losses, name)(Z, Y, **options)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_softmax_over_one_channel(name: str) -> None:
+    with pytest.raises(
+        ValueError, match="activation 'softmax' over one channel is constant; use activation='sigmoid'"
+    ):
+        getattr(losses, name)(Z[:, :1], Y, activation="softmax")
+
+
+def test_strides_that_do_not_merge() -> None:
+    """Four spatial axes work as long as three walks over memory do."""
+    logits, target = example((2, 3, 2, 5), 2)
+    close("nr_dice_loss", logits, target)
+    crossed = logits.permute(0, 1, 5, 3, 2, 4).contiguous().permute(0, 1, 4, 3, 5, 2)
+    with pytest.raises(ValueError, match="more than three separate pixel axes; make them contiguous"):
+        losses.nr_dice_loss(crossed, target)
