@@ -1,0 +1,91 @@
+"""The benchmark's own machinery, on tiny inputs: wrong answers are caught, missing peers are named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+from bench import report
+from noisyseg_fast import timing
+from noisyseg_fast.timing import COPY, OURS, Case, Contender
+
+
+def small(*contenders: Contender) -> Case:
+    x = np.arange(1000.0)
+    ours = Contender(OURS, lambda: lambda: 2 * x)
+    return Case("losses", "doubling", "1000", [ours, *contenders], lambda: x + x, 1e-6, 16000)
+
+
+def missing():
+    import no_such_package_anywhere  # noqa: F401
+
+
+def broken():
+    raise RuntimeError("no\nluck")
+
+
+def test_a_wrong_contender_is_reported_and_not_timed():
+    x = np.arange(1000.0)
+    measured = timing.measure(small(Contender("hasty", lambda: lambda: x)), 0.01)
+    assert measured.timings["hasty"].state == "wrong"
+    assert measured.timings["hasty"].p50 is None
+    assert measured.speedup("hasty") is None
+    assert timing.entry(measured, "hasty").startswith("wrong: off by")
+    assert measured.timings[OURS].p50 > 0
+
+
+def test_missing_and_broken_peers_are_named():
+    measured = timing.measure(small(Contender("gone", missing), Contender("bad", broken)), 0.01)
+    assert timing.row(measured)["gone"] == "not installed"
+    assert measured.timings["gone"].note == "no_such_package_anywhere is not installed"
+    assert timing.row(measured)["bad"] == "failed: RuntimeError: no luck"
+
+
+def test_without_its_oracle_nothing_is_timed_as_right():
+    case = replace(small(Contender("gone", missing)), oracle="gone")
+    measured = timing.measure(case, 0.01)
+    assert measured.timings[OURS].state == "skipped"
+    assert "gone" in measured.timings[OURS].note
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "error"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0),
+        ([1.0, 2.2], [1.0, 2.0], 0.1),
+        ([1.0, np.inf], [1.0, np.inf], 0),
+        ([1.0, np.nan], [1.0, 2.0], np.inf),
+        ([1.0], [1.0, 2.0], np.inf),
+    ],
+)
+def test_relative_error(answer, expected, error):
+    assert timing.relative_error(np.array(answer), np.array(expected)) == pytest.approx(error)
+
+
+def test_the_real_cases_agree_with_their_oracles():
+    for case in (
+        timing.nr_dice_case((2, 1, 9, 11), deadline=0.0),
+        timing.weighted_ce_case((2, 3, 9, 11), deadline=0.0),
+        timing.edt_case(timing.blobs((2, 16, 20)), deadline=0.0),
+        timing.signed_case(timing.blobs((2, 16, 20)), deadline=0.0),
+        timing.signed_case(timing.blobs((2, 16, 20)), convention="boundary", deadline=0.0),
+        timing.surface_case((1, 20, 24), deadline=0.0),
+    ):
+        measured = timing.measure(case, 0.01)
+        wrong = {n: t.note for n, t in measured.timings.items() if t.state in ("wrong", "failed")}
+        assert not wrong, (case.operation, wrong)
+        assert COPY in measured.timings
+
+
+def test_results_are_written(tmp_path):
+    measured = timing.measure(small(Contender("gone", missing)), 0.01)
+    machine = report.machine("cpu")
+    report.write(tmp_path, machine, [measured])
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["cases"][0]["contenders"]["gone"]["state"] == "missing"
+    assert "not installed" in (tmp_path / "results.md").read_text()
+    assert report.slug("AMD EPYC(TM) 7763") == "amd-epyc-7763"
