@@ -184,7 +184,8 @@ def _one(x: Any, name: str) -> Namespace:
             _TORCH[x.device] = space
         if x.dtype not in _TORCH_CODE:
             _check_known(name, x.dtype)
-        if x.is_neg():  # its memory holds the opposite of its values
+        # Its memory holds the opposite of its values. (The compiler cannot trace is_neg, and makes no such views.)
+        if not torch.compiler.is_compiling() and x.is_neg():
             raise TypeError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
         return space
     if isinstance(x, np.ndarray):

@@ -714,7 +714,7 @@ Y = torch.zeros(2, 5, 7, dtype=torch.uint8)
             "logits must be a torch tensor, a NumPy or CuPy array or a DLPack object, not list",
         ),
         ((Z, None), TypeError, "target must be an array, not None"),
-        ((Z.to_sparse(), Y), TypeError, r"logits is a sparse tensor .*; pass logits.to_dense\(\)"),
+        ((Z.to_sparse(), Y), TypeError, r"logits is not dense .*; pass a dense tensor, as logits.to_dense"),
         ((Z.to("meta"), Y.to("meta")), TypeError, "logits is on device meta; supported are cpu and cuda"),
         ((Z.numpy(), Y.numpy().astype(np.int16)), TypeError, "target has dtype int16"),
         ((Z.numpy().astype(">f4"), Y.numpy()), (TypeError, ValueError), "native byte order|dtype >f4"),
