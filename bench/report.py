@@ -102,17 +102,17 @@ def table(measured: Measurement) -> Table:
     if fraction:
         title += f", {fraction:.0%} of the copy bandwidth"
     result = Table("contender", title=title, title_justify="left")
-    for name in ("p20", "p50", "p80", "ours is", "extra memory", "launches", "runs"):
+    for name in ("p20", "p50", "p80", "ours faster", "memory", "launches", "runs"):
         result.add_column(name, justify="right")
     for name, t in measured.timings.items():
         if t.p50 is None:
             result.add_row(name, "", t.state, "", t.note)
             continue
-        faster = measured.speedup(name) if name != OURS else None
+        faster = measured.speedup(name) if name not in (OURS, COPY) else None
         result.add_row(
             name,
             *(duration(p) for p in (t.p20, t.p50, t.p80) if p is not None),
-            f"{faster:.2f}x faster" if faster else "",
+            f"{faster:.2f}x" if faster else "",
             _size(t.extra),
             "" if t.launches is None else str(t.launches),
             str(t.runs),
