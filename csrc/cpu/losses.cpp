@@ -157,16 +157,23 @@ class Target {
   const T* channel(int64_t c, T* buffer) const {
     if (!planes_.labels)
       return load(planes_.target, planes_.layout, base_ + c * planes_.target.channel, q_, n_, buffer);
+    return select(c, T(1), T(0), buffer);
+  }
+
+  // With labels: -1 where the class is c, else 1; see hard_pixel.
+  const T* sides(int64_t c, T* buffer) const { return select(c, T(-1), T(1), buffer); }
+
+ private:
+  const T* select(int64_t c, T there, T elsewhere, T* buffer) const {
     const int wanted = planes_.layout.channels == 1 ? 1 : static_cast<int>(c);
     const int np = padded(n_);
     if (planes_.layout.channels < 256)
-      for (int i = 0; i < np; ++i) buffer[i] = narrow_[i] == wanted ? T(1) : T(0);
+      for (int i = 0; i < np; ++i) buffer[i] = narrow_[i] == wanted ? there : elsewhere;
     else
-      for (int i = 0; i < np; ++i) buffer[i] = wide_[i] == wanted ? T(1) : T(0);
+      for (int i = 0; i < np; ++i) buffer[i] = wide_[i] == wanted ? there : elsewhere;
     return buffer;
   }
 
- private:
   template <class Label>
   bool begin_as(int classes, int64_t q, int n, const T* w, Label* out) {
     const Plane& target = planes_.target;
@@ -206,7 +213,13 @@ class Target {
     const From* from = reinterpret_cast<const From*>(planes_.target.data) + offset;
     const int64_t step = planes_.target.step[2];
     From low = 0, high = 0;
-    if (step == 1) {
+    if (step == 1 &&
+        sizeof(From) == sizeof(Label)) {  // bytes: no loop that both reads and writes, for the vectoriser
+      __builtin_memcpy(out, from, static_cast<size_t>(m) * sizeof(From));
+      for (int i = 0; i < m; ++i) high = from[i] > high ? from[i] : high;
+      if (sizeof(From) > 1)
+        for (int i = 0; i < m; ++i) low = from[i] < low ? from[i] : low;
+    } else if (step == 1) {
       for (int i = 0; i < m; ++i) {
         out[i] = static_cast<Label>(from[i]);
         low = from[i] < low ? from[i] : low;
@@ -288,23 +301,43 @@ void load_channels(const Planes& p, int64_t b, int64_t q, int n, int stride, T* 
 
 // ---- ratio losses ---------------------------------------------------------------------------------
 
-// Where a block's probabilities come from: logits through the sigmoid, or given (softmax).
-template <bool from_logits, class T>
-inline __attribute__((always_inline)) Probability<T> probability(T x) {
-  return from_logits ? sigmoid(x) : given_probability(x);
+// h and r of a block's sigmoids (formulas/losses.h), in loops of their own: a CPU looks only some forty
+// operations ahead, and one loop with everything in it would wait for its own long chain (1.4 times slower).
+template <class T>
+void half_sigmoids(const T* z, int n, T* h, T* large) {
+#pragma GCC ivdep
+  for (int i = 0; i < n; ++i) h[i] = half_exponential(z[i]);
+#pragma GCC ivdep
+  for (int i = 0; i < n; ++i) large[i] = larger_root(h[i]);
 }
+
+// What a block's pixels are given as.
+enum class Given {
+  hard,          // logits and the sides of hard labels (hard_pixel)
+  soft,          // logits and targets
+  probabilities  // probabilities and targets
+};
 
 template <class T, Ratio ratio, Power power, bool squared>
 struct Region {
-  template <bool from_logits, bool weighted, bool hard>
+  template <Given given, bool weighted>
   static void sums(const T* x, const T* g, const T* w, int n, T gamma, double* out) {
-    T numerator[lanes] = {}, denominator[lanes] = {};
+    T numerator[lanes] = {}, denominator[lanes] = {}, h[block_pixels], large[block_pixels];
+    if (given != Given::probabilities) half_sigmoids(x, n, h, large);
     for (int i = 0; i < n; i += lanes) {
 #pragma GCC ivdep
       for (int l = 0; l < lanes; ++l) {
-        const Probability<T> a = probability<from_logits>(x[i + l]);
-        const T nu = ratio_numerator<ratio, power, hard>(a, g[i + l], gamma);
-        const T de = ratio_denominator<squared>(a, g[i + l]);
+        T nu, de;
+        if (given == Given::hard) {
+          const HardPixel<T> a = hard_pixel(x[i + l], g[i + l], h[i + l], large[i + l]);
+          nu = ratio_numerator<ratio, power>(a.difference, a.p, a.g, gamma);
+          de = ratio_denominator<squared>(a.p, a.g);
+        } else {
+          const Probability<T> a =
+              given == Given::soft ? sigmoid(x[i + l], h[i + l], large[i + l]) : given_probability(x[i + l]);
+          nu = ratio_numerator<ratio, power>(difference<false>(a, g[i + l]), a.p, g[i + l], gamma);
+          de = ratio_denominator<squared>(a.p, g[i + l]);
+        }
         if (weighted) {
           numerator[l] += w[i + l] != T(0) ? w[i + l] * nu : T(0);
           denominator[l] += w[i + l] != T(0) ? w[i + l] * de : T(0);
@@ -318,16 +351,27 @@ struct Region {
     out[1] += sum_lanes(denominator);
   }
 
-  // dL/dp, times dp/dz if the probability is a sigmoid's
-  template <bool from_logits, bool weighted, bool hard>
+  // dL/dp, times dp/dz if logits are given
+  template <Given given, bool weighted>
   static void slopes(const T* x, const T* g, const T* w, int n, T gamma, T by_numerator, T by_denominator,
                      T* out) {
+    T h[block_pixels], large[block_pixels];
+    if (given != Given::probabilities) half_sigmoids(x, n, h, large);
 #pragma GCC ivdep
     for (int i = 0; i < n; ++i) {
-      const Probability<T> a = probability<from_logits>(x[i]);
-      T d = by_numerator * ratio_numerator_slope<ratio, power, hard>(a, g[i], gamma) +
-            by_denominator * ratio_denominator_slope<squared>(a);
-      if (from_logits) d *= a.p * a.q;
+      T d;
+      if (given == Given::hard) {
+        const HardPixel<T> a = hard_pixel(x[i], g[i], h[i], large[i]);
+        d = by_numerator * ratio_numerator_slope<ratio, power>(a.difference, a.g, gamma) +
+            by_denominator * ratio_denominator_slope<squared>(a.p);
+        d *= a.edge * a.edge;
+      } else {
+        const Probability<T> a =
+            given == Given::soft ? sigmoid(x[i], h[i], large[i]) : given_probability(x[i]);
+        d = by_numerator * ratio_numerator_slope<ratio, power>(difference<false>(a, g[i]), g[i], gamma) +
+            by_denominator * ratio_denominator_slope<squared>(a.p);
+        if (given == Given::soft) d *= a.p * a.q;
+      }
       if (weighted) d = w[i] != T(0) ? d * w[i] : T(0);
       out[i] = d;
     }
@@ -362,15 +406,15 @@ struct Region {
       for (int64_t c = first; c < channels; ++c) {
         const T* z = soft ? x + c * block
                           : load(p.logits, p.layout, b * p.logits.batch + c * p.logits.channel, q, n, zs);
-        const T* g = target.channel(c, gs);
-        const bool logits = !soft || channels == 2;
-        double* out = partial + 2 * c;
-        if (p.labels)
-          logits ? (w ? sums<true, true, true> : sums<true, false, true>)(z, g, w, np, gamma, out)
-                 : (w ? sums<false, true, true> : sums<false, false, true>)(z, g, w, np, gamma, out);
-        else
-          logits ? (w ? sums<true, true, false> : sums<true, false, false>)(z, g, w, np, gamma, out)
-                 : (w ? sums<false, true, false> : sums<false, false, false>)(z, g, w, np, gamma, out);
+        const Given given = soft && channels > 2 ? Given::probabilities
+                            : p.labels           ? Given::hard
+                                                 : Given::soft;
+        const T* g = given == Given::hard ? target.sides(c, gs) : target.channel(c, gs);
+        const auto run = given == Given::hard ? (w ? sums<Given::hard, true> : sums<Given::hard, false>)
+                         : given == Given::soft
+                             ? (w ? sums<Given::soft, true> : sums<Given::soft, false>)
+                             : (w ? sums<Given::probabilities, true> : sums<Given::probabilities, false>);
+        run(z, g, w, np, gamma, partial + 2 * c);
       }
     }
     return good;
@@ -397,17 +441,14 @@ struct Region {
           for (int i = 0; i < np; ++i) out[i] = T(0);
           return;
         }
-        const T* g = target.channel(c, gs);
+        const Given given = !logits ? Given::probabilities : p.labels ? Given::hard : Given::soft;
+        const T* g = given == Given::hard ? target.sides(c, gs) : target.channel(c, gs);
         const T bn = static_cast<T>(coefficients[2 * c]), bd = static_cast<T>(coefficients[2 * c + 1]);
-        if (p.labels)
-          logits
-              ? (w ? slopes<true, true, true> : slopes<true, false, true>)(z, g, w, np, gamma, bn, bd, out)
-              : (w ? slopes<false, true, true> : slopes<false, false, true>)(z, g, w, np, gamma, bn, bd, out);
-        else
-          logits
-              ? (w ? slopes<true, true, false> : slopes<true, false, false>)(z, g, w, np, gamma, bn, bd, out)
-              : (w ? slopes<false, true, false> : slopes<false, false, false>)(z, g, w, np, gamma, bn, bd,
-                                                                               out);
+        const auto run = given == Given::hard ? (w ? slopes<Given::hard, true> : slopes<Given::hard, false>)
+                         : given == Given::soft
+                             ? (w ? slopes<Given::soft, true> : slopes<Given::soft, false>)
+                             : (w ? slopes<Given::probabilities, true> : slopes<Given::probabilities, false>);
+        run(z, g, w, np, gamma, bn, bd, out);
       };
       if (soft) {
         load_channels(p, b, q, n, block, x);
@@ -515,7 +556,9 @@ struct CrossEntropy {
         const T* z = load(p.logits, p.layout, b * p.logits.batch + c * p.logits.channel, q, n, x);
         const T* g = target.channel(c, buffer);
         const T k = class_weight_of(c) * share;
-        for (int i = 0; i < np; ++i) loss[i] += k * binary_cross_entropy(z[i], g[i]);
+        T e[block_pixels];
+        for (int i = 0; i < np; ++i) e[i] = exp_(-abs_(z[i]));
+        for (int i = 0; i < np; ++i) loss[i] += k * binary_cross_entropy(z[i], g[i], e[i]);
       }
       return;
     }
@@ -523,9 +566,11 @@ struct CrossEntropy {
     if (p.labels && channels == 2) {
       const T* g = target.channel(1, buffer);
       const T w0 = class_weight_of(0), w1 = class_weight_of(1);
+      for (int i = 0; i < np; ++i) x[i] = x[block + i] - x[i];
+      for (int i = 0; i < np; ++i) x[block + i] = exp_(-abs_(x[i]));
       for (int i = 0; i < np; ++i) {
         count[i] = g[i] != T(0) ? w1 : w0;
-        loss[i] = binary_cross_entropy(x[block + i] - x[i], g[i]) * count[i];
+        loss[i] = binary_cross_entropy(x[i], g[i], x[block + i]) * count[i];
       }
       if (target.stray()) {
         for (int i = 0; i < np; ++i) count[i] = T(0);
@@ -599,6 +644,7 @@ struct CrossEntropy {
     const int block = block_of(channels);
     alignas(64) T x[buffer_values], d[block_pixels];
     T k[block_pixels], ws[block_pixels], scratch[block_pixels], mass[block_pixels];
+    T h[block_pixels], large[block_pixels];
     Target<T> target(p, b);
     for (int64_t q = chunk * chunk_pixels; q < end; q += block) {
       const int n = end - q < block ? static_cast<int>(end - q) : block;
@@ -622,8 +668,10 @@ struct CrossEntropy {
           const T* z = load(p.logits, p.layout, b * p.logits.batch + c * p.logits.channel, q, n, x);
           const T* g = target.channel(c, scratch);
           const T share = class_weight_of(c) / static_cast<T>(channels);
+          half_sigmoids(z, np, h, large);
 #pragma GCC ivdep
-          for (int i = 0; i < np; ++i) d[i] = k[i] * share * difference<false>(sigmoid(z[i]), g[i]).value;
+          for (int i = 0; i < np; ++i)
+            d[i] = k[i] * share * difference<false>(sigmoid(z[i], h[i], large[i]), g[i]).value;
           put(c, d);
         }
         continue;
@@ -632,9 +680,12 @@ struct CrossEntropy {
       if (p.labels && channels == 2) {
         const T* g = target.channel(1, scratch);
         const T w0 = class_weight_of(0), w1 = class_weight_of(1);
+        for (int i = 0; i < np; ++i) x[i] = x[block + i] - x[i];
+        half_sigmoids(x, np, h, large);
 #pragma GCC ivdep
         for (int i = 0; i < np; ++i)
-          d[i] = k[i] * (g[i] != T(0) ? w1 : w0) * difference<true>(sigmoid(x[block + i] - x[i]), g[i]).value;
+          d[i] =
+              k[i] * (g[i] != T(0) ? w1 : w0) * difference<true>(sigmoid(x[i], h[i], large[i]), g[i]).value;
         put(1, d);
         for (int i = 0; i < np; ++i) d[i] = -d[i];
         put(0, d);

@@ -249,8 +249,8 @@ Formula formula_of(const RegionOptions& o) {
 // The formula is the same for the whole grid, so these branches never diverge.
 template <class T>
 __device__ inline T numerator(Formula f, const Probability<T>& a, T g, T gamma) {
-  if (f.ratio == Ratio::dice) return ratio_numerator<Ratio::dice, Power::one, false>(a, g, gamma);
   const Difference<T> d = difference<false>(a, g);
+  if (f.ratio == Ratio::dice) return ratio_numerator<Ratio::dice, Power::one>(d, a.p, g, gamma);
   if (f.power == Power::three_halves) return abs_power<Power::three_halves>(d, gamma);
   if (f.power == Power::one) return abs_power<Power::one>(d, gamma);
   if (f.power == Power::two) return abs_power<Power::two>(d, gamma);
@@ -258,8 +258,8 @@ __device__ inline T numerator(Formula f, const Probability<T>& a, T g, T gamma) 
 }
 template <class T>
 __device__ inline T numerator_slope(Formula f, const Probability<T>& a, T g, T gamma) {
-  if (f.ratio == Ratio::dice) return ratio_numerator_slope<Ratio::dice, Power::one, false>(a, g, gamma);
   const Difference<T> d = difference<false>(a, g);
+  if (f.ratio == Ratio::dice) return ratio_numerator_slope<Ratio::dice, Power::one>(d, g, gamma);
   if (f.power == Power::three_halves) return abs_power_slope<Power::three_halves>(d, gamma);
   if (f.power == Power::one) return abs_power_slope<Power::one>(d, gamma);
   if (f.power == Power::two) return abs_power_slope<Power::two>(d, gamma);
@@ -292,8 +292,8 @@ __global__ void __launch_bounds__(threads)
         if (px.weight[k] == T(0)) continue;
         // NaN marks a label out of range and goes through the denominator.
         n += px.weight[k] * numerator(formula, a[k], g[k], gamma);
-        d += px.weight[k] *
-             (formula.squared ? ratio_denominator<true>(a[k], g[k]) : ratio_denominator<false>(a[k], g[k]));
+        d += px.weight[k] * (formula.squared ? ratio_denominator<true>(a[k].p, g[k])
+                                             : ratio_denominator<false>(a[k].p, g[k]));
       }
       if (channels == 1) {
         n_one += static_cast<double>(n), d_one += static_cast<double>(d);
@@ -407,8 +407,8 @@ __global__ void __launch_bounds__(threads, 1)
         for (int k = 0; k < px.n; ++k) {
           d[k] = T(0);
           if (px.weight[k] == T(0)) continue;
-          const T slope =
-              formula.squared ? ratio_denominator_slope<true>(a[k]) : ratio_denominator_slope<false>(a[k]);
+          const T slope = formula.squared ? ratio_denominator_slope<true>(a[k].p)
+                                          : ratio_denominator_slope<false>(a[k].p);
           d[k] = px.weight[k] * (bn * numerator_slope(formula, a[k], g[k], gamma) + bd * slope);
         }
         if (in.softmax && channels == 2) {  // the other class's slope counts too
@@ -420,7 +420,7 @@ __global__ void __launch_bounds__(threads, 1)
             if (px.weight[k] == T(0)) continue;
             const Probability<T> o{a[k].q, a[k].p, a[k].root_q, a[k].root_p};
             const T slope =
-                formula.squared ? ratio_denominator_slope<true>(o) : ratio_denominator_slope<false>(o);
+                formula.squared ? ratio_denominator_slope<true>(o.p) : ratio_denominator_slope<false>(o.p);
             d[k] -= px.weight[k] * (bn2 * numerator_slope(formula, o, g2[k], gamma) + bd2 * slope);
           }
         }

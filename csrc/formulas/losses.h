@@ -12,12 +12,23 @@ struct Probability {
   T p, q, root_p, root_q;
 };
 template <class T>
-NOISYSEG_FORMULA Probability<T> sigmoid(T z) {
-  const T h = exp_(T(-0.5) * abs_(z));
-  const T large = rsqrt_1_to_2(T(1) + h * h);
+NOISYSEG_FORMULA T half_exponential(T z) {  // h
+  return exp_(T(-0.5) * abs_(z));
+}
+template <class T>
+NOISYSEG_FORMULA T larger_root(T h) {  // r
+  return rsqrt_1_to_2(T(1) + h * h);
+}
+template <class T>
+NOISYSEG_FORMULA Probability<T> sigmoid(T z, T h, T large) {
   const T small = h * large;
   const T root_p = z >= T(0) ? large : small, root_q = z >= T(0) ? small : large;
   return {root_p * root_p, root_q * root_q, root_p, root_q};
+}
+template <class T>
+NOISYSEG_FORMULA Probability<T> sigmoid(T z) {
+  const T h = half_exponential(z);
+  return sigmoid(z, h, larger_root(h));
 }
 template <class T>
 NOISYSEG_FORMULA Probability<T> given_probability(T p) {
@@ -40,6 +51,21 @@ NOISYSEG_FORMULA Difference<T> difference(Probability<T> a, T g) {
   }
   const T value = a.q < a.p ? (T(1) - g) - a.q : a.p - g;
   return {value, abs_(value), sqrt_(abs_(value))};
+}
+
+// A pixel with a hard label, side = 1 for g = 0 and -1 for g = 1: then |p - g| = sigmoid(side * z), and one
+// select is enough for everything.
+template <class T>
+struct HardPixel {
+  T p, g, edge;  // edge^2 = p (1 - p)
+  Difference<T> difference;
+};
+template <class T>
+NOISYSEG_FORMULA HardPixel<T> hard_pixel(T z, T side, T h, T large) {
+  const T small = h * large;
+  const T root = z * side >= T(0) ? large : small;
+  const T size = root * root;
+  return {T(0.5) + side * (size - T(0.5)), T(0.5) - T(0.5) * side, large * small, {side * size, size, root}};
 }
 
 // ---- ratio losses: F(N, D) with N = sum w n(p, g) and D = sum w d(p, g) over an image or a batch ----
@@ -67,21 +93,21 @@ NOISYSEG_FORMULA T abs_power_slope(Difference<T> d, T gamma) {
   return d.size < T(1e-30) ? T(0) : with_sign(gamma * exp_((gamma - T(1)) * log_(d.size)), d.value);
 }
 
-template <Ratio ratio, Power power, bool hard, class T>
-NOISYSEG_FORMULA T ratio_numerator(Probability<T> a, T g, T gamma) {
-  return ratio == Ratio::dice ? T(2) * a.p * g : abs_power<power>(difference<hard>(a, g), gamma);
+template <Ratio ratio, Power power, class T>
+NOISYSEG_FORMULA T ratio_numerator(Difference<T> d, T p, T g, T gamma) {
+  return ratio == Ratio::dice ? T(2) * p * g : abs_power<power>(d, gamma);
 }
-template <Ratio ratio, Power power, bool hard, class T>
-NOISYSEG_FORMULA T ratio_numerator_slope(Probability<T> a, T g, T gamma) {
-  return ratio == Ratio::dice ? T(2) * g : abs_power_slope<power>(difference<hard>(a, g), gamma);
-}
-template <bool squared, class T>
-NOISYSEG_FORMULA T ratio_denominator(Probability<T> a, T g) {
-  return squared ? a.p * a.p + g * g : a.p + g;
+template <Ratio ratio, Power power, class T>
+NOISYSEG_FORMULA T ratio_numerator_slope(Difference<T> d, T g, T gamma) {
+  return ratio == Ratio::dice ? T(2) * g : abs_power_slope<power>(d, gamma);
 }
 template <bool squared, class T>
-NOISYSEG_FORMULA T ratio_denominator_slope(Probability<T> a) {
-  return squared ? T(2) * a.p : T(1);
+NOISYSEG_FORMULA T ratio_denominator(T p, T g) {
+  return squared ? p * p + g * g : p + g;
+}
+template <bool squared, class T>
+NOISYSEG_FORMULA T ratio_denominator_slope(T p) {
+  return squared ? T(2) * p : T(1);
 }
 
 // The loss of one sum pair and its derivatives. 0 / 0 (eps = 0 and nothing there) counts as no loss.
@@ -100,8 +126,12 @@ NOISYSEG_FORMULA RatioValue ratio_value(Ratio ratio, double numerator, double de
 
 // -g ln sigmoid(z) - (1-g) ln(1 - sigmoid(z))
 template <class T>
+NOISYSEG_FORMULA T binary_cross_entropy(T z, T g, T e) {  // e = e^(-|z|)
+  return max_(z, T(0)) - g * z + log1p_(e);
+}
+template <class T>
 NOISYSEG_FORMULA T binary_cross_entropy(T z, T g) {
-  return max_(z, T(0)) - g * z + log1p_(exp_(-abs_(z)));
+  return binary_cross_entropy(z, g, exp_(-abs_(z)));
 }
 
 }  // namespace noisyseg::formulas

@@ -1,8 +1,8 @@
 // Elementary functions that g++ vectorises in a plain loop (no libm call, no branch, no table) and
 // that are the device's own instructions under nvcc.
 //
-// float exp and log: Cody-Waite reduction and the minimax polynomials of the Cephes library (Moshier,
-// 1992), error below 2 ulp over the whole range. double: libm.
+// float: Cody-Waite reduction and minimax polynomials, for the logarithm that of the Cephes library (Moshier,
+// 1992); error below 2 ulp over the whole range. double: libm.
 #pragma once
 #include <math.h>
 
@@ -62,10 +62,9 @@ NOISYSEG_FORMULA float exp_(float x) {
 #endif
   // Estrin's order: the chain of dependent operations, not their number, is what limits these loops.
   const float r2 = r * r;
-  const float low = 1.6666665459e-1f * r + 5.0000001201e-1f;
-  const float middle = 8.3334519073e-3f * r + 4.1665795894e-2f;
-  const float high = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  const float p = ((high * r2 + middle) * r2 + low) * r2 + (r + 1.f);
+  const float low = 1.666652113e-1f * r + 4.999999404e-1f;
+  const float high = 8.368739858e-3f * r + 4.166839644e-2f;
+  const float p = ((1.381405746e-3f * r2 + high) * r2 + low) * r2 + (r + 1.f);
   const float scale = bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000);
   return p * scale;
 #endif
