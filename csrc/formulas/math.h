@@ -66,7 +66,8 @@ NOISYSEG_FORMULA float exp_(float x) {
   const float middle = 8.3334519073e-3f * r + 4.1665795894e-2f;
   const float high = 1.9875691500e-4f * r + 1.3981999507e-3f;
   const float p = ((high * r2 + middle) * r2 + low) * r2 + (r + 1.f);
-  const float scale = bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000);
+  const float scale = bits_to_float(
+      static_cast<int32_t>((static_cast<uint32_t>(float_to_bits(shifted)) << 23) + 0x3f800000u));
   return p * scale;
 #endif
 }
