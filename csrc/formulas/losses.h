@@ -65,7 +65,8 @@ NOISYSEG_FORMULA HardPixel<T> hard_pixel(T z, T side, T h, T large) {
   const T small = h * large;
   const T root = z * side >= T(0) ? large : small;
   const T size = root * root;
-  return {T(0.5) + side * (size - T(0.5)), T(0.5) - T(0.5) * side, large * small, {side * size, size, root}};
+  const T g = T(0.5) - T(0.5) * side;
+  return {abs_(g - size), g, large * small, {side * size, size, root}};
 }
 
 // ---- ratio losses: F(N, D) with N = sum w n(p, g) and D = sum w d(p, g) over an image or a batch ----

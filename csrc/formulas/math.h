@@ -65,7 +65,8 @@ NOISYSEG_FORMULA float exp_(float x) {
   const float low = 1.666652113e-1f * r + 4.999999404e-1f;
   const float high = 8.368739858e-3f * r + 4.166839644e-2f;
   const float p = ((1.381405746e-3f * r2 + high) * r2 + low) * r2 + (r + 1.f);
-  const float scale = bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000);
+  const float scale = bits_to_float(
+      static_cast<int32_t>((static_cast<uint32_t>(float_to_bits(shifted)) << 23) + 0x3f800000u));
   return p * scale;
 #endif
 }

@@ -391,6 +391,7 @@ constexpr int default_shared = 48 << 10, most_shared = 99 << 10;  // compute cap
 template <class... P, class... A>
 void launch(const char* name, dim3 grid, dim3 block, size_t shared, void (*kernel)(P...), A&&... args) {
   kernel_name = name;
+  log_launch(name);
   const auto limit = shared_limits().find(reinterpret_cast<const void*>(kernel));
   set_sizes(grid, block);
   if (size_t{block.x} * block.y * block.z - 1 >= max_threads || block.z > 64) fail("bad block size");
