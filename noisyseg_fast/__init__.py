@@ -27,7 +27,7 @@ _HOME = {
     "pixel_loss": "losses",
     "PixelLoss": "losses",
 }
-_MODULES = ("compat", "distance", "losses", "metrics", "noise", "reference", "sample", "training")
+_MODULES = ("distance", "losses", "metrics", "noise", "reference", "sample", "training")
 
 __all__ = ["build_info", *_HOME, *_MODULES]
 
