@@ -110,11 +110,22 @@ NOISYSEG_FORMULA float log_(float x) {
 }
 NOISYSEG_FORMULA double log_(double x) { return log(x); }
 
-// ln(1 + e) for e in [0, 1], accurate for small e too: the rounding of 1 + e is put right.
+// ln(1 + e) for e >= 0, accurate for small e too: the rounding of 1 + e is put right.
 template <class T>
-NOISYSEG_FORMULA T log1p_(T e) {
+NOISYSEG_FORMULA T log1p_(T e, T inverse) {  // inverse = 1 / (1 + e), where the caller has it already
   const T u = T(1) + e;
-  return log_(u) - ((u - T(1)) - e) / u;
+  return log_(u) - ((u - T(1)) - e) * inverse;
 }
+NOISYSEG_FORMULA float log1p_(float e) { return log1p_(e, 1.f / (1.f + e)); }
+NOISYSEG_FORMULA double log1p_(double e) { return log1p(e); }
+
+// e^x - 1 for x <= 0, accurate for small x too.
+NOISYSEG_FORMULA float expm1_(float x) {
+  const float low = 0.166666667f * x + 0.5f, high = 8.33333377e-3f * x + 4.16666679e-2f;
+  const float x2 = x * x;
+  const float near = x + x2 * (low + x2 * (high + x2 * 1.38888892e-3f));  // below 1e-7 for |x| < 0.25
+  return x > -0.25f ? near : exp_(x) - 1.f;
+}
+NOISYSEG_FORMULA double expm1_(double x) { return expm1(x); }
 
 }  // namespace noisyseg::formulas
