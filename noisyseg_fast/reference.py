@@ -58,9 +58,7 @@ def _reduce(loss: Tensor, reduction: str) -> Tensor:
     return reduce[reduction](loss)
 
 
-def _sums(
-    maps: Sequence[Tensor], w: Tensor, per_image: bool, include_background: bool
-) -> list[Tensor]:
+def _sums(maps: Sequence[Tensor], w: Tensor, per_image: bool, include_background: bool) -> list[Tensor]:
     """Weighted sums of (B, C, *S) maps: (B, C), or (C,) over the batch."""
     sums = []
     for x in maps:
@@ -187,9 +185,7 @@ def _entropy(g: Tensor) -> Tensor:
     return torch.xlogy(g, g)
 
 
-def _pixel_terms(
-    logits: Tensor, g: Tensor, kind: str, activation: str, parameter: float
-) -> Tensor:
+def _pixel_terms(logits: Tensor, g: Tensor, kind: str, activation: str, parameter: float) -> Tensor:
     """(B, C, *S): what each class adds to the loss of its pixel."""
     classes = logits.shape[1]
     if activation == "sigmoid":
