@@ -23,6 +23,8 @@ constexpr int group = 32;  // classes whose partial sums a block keeps on chip
 // What loss_pass computes: parts of the loss, and what of them.
 enum : int { region_part = 1, pixel_part = 2 };
 enum : int { want_sums = 1, want_grad = 2 };
+// Which of the three ways through the classes; any: decided at run time.
+enum class Mode { sigmoid, two, softmax, any };
 
 // ---- formulas for a thread's pixels ---------------------------------------------------------------
 
@@ -102,20 +104,27 @@ __device__ inline Exponentials<T> exponentials(T z) {
   return x;
 }
 
-template <PixelLoss kind, int wants>
-constexpr bool needs_log = kind == PixelLoss::focal || kind == PixelLoss::gce ||
-                           ((wants & want_sums) != 0 && (kind == PixelLoss::ce || kind == PixelLoss::kl));
+// What a pass is to do; known at compile time for most kernels.
+struct Task {
+  bool region, pixel, sums, grads;
+};
+
+// Whether a pixel loss needs logarithms.
+NOISYSEG_FORMULA constexpr bool needs_log(PixelLoss kind, bool value) {
+  return kind == PixelLoss::focal || kind == PixelLoss::gce ||
+         (value && (kind == PixelLoss::ce || kind == PixelLoss::kl));
+}
 
 // Pixel losses of hard labels, by their sides: loss, and slope by z.
-template <int wants, class T>
-__device__ inline void hard_terms(const Call& call, const T* z, const T* side, const Exponentials<T>* x,
-                                  LossSlope<T>* out) {
+template <class T>
+__device__ inline void hard_terms(const Call& call, bool value, const T* z, const T* side,
+                                  const Exponentials<T>* x, LossSlope<T>* out) {
   constexpr int n = per_thread<T>;
   const T parameter = T(call.options.parameter);
 #define CASE(kind)                                                                                      \
   {                                                                                                     \
     _Pragma("unroll") for (int k = 0; k < n; ++k) {                                                     \
-      const T log_sum = needs_log<kind, wants> ? log1p_(x[k].e, x[k].inverse) : T(0);                   \
+      const T log_sum = needs_log(kind, value) ? log1p_(x[k].e, x[k].inverse) : T(0);                   \
       out[k] = binary_hard<kind>(binary_pixel(z[k], side[k], x[k].e, x[k].inverse, log_sum), parameter, \
                                  call.power);                                                           \
       out[k].slope = side[k] * out[k].slope;                                                            \
@@ -126,15 +135,15 @@ __device__ inline void hard_terms(const Call& call, const T* z, const T* side, c
 }
 
 // The same with soft labels.
-template <int wants, class T>
-__device__ inline void soft_terms(const Call& call, const T* z, const T* g, const Exponentials<T>* x,
-                                  LossSlope<T>* out) {
+template <class T>
+__device__ inline void soft_terms(const Call& call, bool value, const T* z, const T* g,
+                                  const Exponentials<T>* x, LossSlope<T>* out) {
   constexpr int n = per_thread<T>;
   const T parameter = T(call.options.parameter);
 #define CASE(kind)                                                                         \
   {                                                                                        \
     _Pragma("unroll") for (int k = 0; k < n; ++k) {                                        \
-      const T log_sum = needs_log<kind, wants> ? log1p_(x[k].e, x[k].inverse) : T(0);      \
+      const T log_sum = needs_log(kind, value) ? log1p_(x[k].e, x[k].inverse) : T(0);      \
       const BinaryPixel<T> a = binary_pixel(z[k], T(-1), x[k].e, x[k].inverse, log_sum);   \
       out[k] = binary_soft<kind>(a.t, a.s, a.nll_t, a.nll_s, g[k], parameter, call.power); \
     }                                                                                      \
@@ -293,9 +302,9 @@ __device__ inline void put_losses(const Call& call, const Pixels<T>& px, const T
 }
 
 // Activation sigmoid: every class for itself.
-template <class T, int parts, int wants>
-__device__ inline void sigmoid_tile(const Call& call, const Pixels<T>& px, bool region, bool pixel,
-                                    bool grads, const Sum<T>* by, const T* factor, Totals<T>& totals) {
+template <int parts, class T>
+__device__ inline void sigmoid_tile(const Call& call, const Pixels<T>& px, Task task, const Sum<T>* by,
+                                    const T* factor, Totals<T>& totals) {
   constexpr int n = per_thread<T>;
   const int64_t channels = call.layout.channels;
   const bool volumes = call.options.region == RegionLoss::generalized_dice;
@@ -320,7 +329,7 @@ __device__ inline void sigmoid_tile(const Call& call, const Pixels<T>& px, bool 
         a[k] = {hard.difference, hard.p, hard.g};
         edge[k] = hard.edge * hard.edge;
       }
-      if (pixel) hard_terms<wants>(call, z, g, x, terms);
+      if (task.pixel) hard_terms(call, task.sums, z, g, x, terms);
     } else {
 #pragma unroll
       for (int k = 0; k < n; ++k) {
@@ -329,10 +338,10 @@ __device__ inline void sigmoid_tile(const Call& call, const Pixels<T>& px, bool 
         a[k] = {difference<false>(p, g[k]), p.p, g[k]};
         edge[k] = p.p * p.q;
       }
-      if (pixel) soft_terms<wants>(call, z, g, x, terms);
+      if (task.pixel) soft_terms(call, task.sums, z, g, x, terms);
     }
-    if (region && c >= call.first) {
-      if (wants & want_sums) {
+    if (task.region && c >= call.first) {
+      if (task.sums) {
         Terms<T> of[n];
         region_terms(call, a, of);
         T sum_n = T(0), sum_d = T(0), sum_g = T(0);
@@ -350,34 +359,34 @@ __device__ inline void sigmoid_tile(const Call& call, const Pixels<T>& px, bool 
           totals.add_class(c, sum_n, sum_d, sum_g, volumes);
         }
       }
-      if (wants == want_grad) {
+      if (task.grads) {
         region_slopes(call, a, T(by[2 * c]), T(by[2 * c + 1]), d);
 #pragma unroll
         for (int k = 0; k < n; ++k) d[k] = T(px.weight[k]) * d[k] * edge[k];
       }
     }
-    if ((wants & want_sums) && region && channels > 1) totals.after_class(c, channels);
-    if (pixel) {
+    if (task.sums && task.region && channels > 1) totals.after_class(c, channels);
+    if (task.pixel) {
       const T share = T(class_weight(call, c) / static_cast<double>(channels));
 #pragma unroll
       for (int k = 0; k < n; ++k) {
-        if (wants & want_sums) loss[k] += share * terms[k].loss;
+        if (task.sums) loss[k] += share * terms[k].loss;
         d[k] += factor[k] * share * terms[k].slope;
       }
     }
-    if (grads) {
+    if (task.grads) {
 #pragma unroll
       for (int k = 0; k < n; ++k) d[k] = select(px.weight[k] != Real<T>(0), d[k]);
       store_grad(call, px, c, d);
     }
   }
-  if ((wants & want_sums) && pixel) put_losses(call, px, loss, totals);
+  if (task.sums && task.pixel) put_losses(call, px, loss, totals);
 }
 
 // Softmax over two classes with hard labels: everything from one sigmoid of the logits' difference.
-template <class T, int parts, int wants>
-__device__ inline void two_tile(const Call& call, const Pixels<T>& px, bool region, bool pixel, bool grads,
-                                const Sum<T>* by, const T* factor, Totals<T>& totals) {
+template <int parts, class T>
+__device__ inline void two_tile(const Call& call, const Pixels<T>& px, Task task, const Sum<T>* by,
+                                const T* factor, Totals<T>& totals) {
   constexpr int n = per_thread<T>;
   T z[n], side[n], d[n];
   Exponentials<T> x[n];
@@ -390,7 +399,7 @@ __device__ inline void two_tile(const Call& call, const Pixels<T>& px, bool regi
     side[k] = px.label[k] == 1 ? T(-1) : T(1);
     x[k] = exponentials<parts>(z[k]);
   }
-  if (region) {
+  if (task.region) {
     RegionPixel<T> a[n];
     T edge[n];
 #pragma unroll
@@ -412,7 +421,7 @@ __device__ inline void two_tile(const Call& call, const Pixels<T>& px, bool regi
                   g};
         }
       }
-      if (wants & want_sums) {
+      if (task.sums) {
         Terms<T> of[n];
         region_terms(call, a, of);
         T sum_n = T(0), sum_d = T(0), sum_g = T(0);
@@ -426,7 +435,7 @@ __device__ inline void two_tile(const Call& call, const Pixels<T>& px, bool regi
         totals.one[c][0] += Sum<T>(sum_n), totals.one[c][1] += Sum<T>(sum_d);
         if (call.options.region == RegionLoss::generalized_dice) totals.one[c][2] += Sum<T>(sum_g);
       }
-      if (wants == want_grad) {
+      if (task.grads) {
         T slope[n];
         region_slopes(call, a, T(by[2 * c]), T(by[2 * c + 1]), slope);
 #pragma unroll
@@ -437,21 +446,21 @@ __device__ inline void two_tile(const Call& call, const Pixels<T>& px, bool regi
       }
     }
   }
-  if (pixel) {
+  if (task.pixel) {
     LossSlope<T> terms[n];
     T loss[n];
 #pragma unroll
     for (int k = 0; k < n; ++k) terms[k] = {T(0), T(0)};
-    hard_terms<wants>(call, z, side, x, terms);
+    hard_terms(call, task.sums, z, side, x, terms);
 #pragma unroll
     for (int k = 0; k < n; ++k) {
       const T share = T(class_weight(call, px.label[k] == 1));
       loss[k] = share * terms[k].loss;
       d[k] += factor[k] * share * terms[k].slope;
     }
-    if (wants & want_sums) put_losses(call, px, loss, totals);
+    if (task.sums) put_losses(call, px, loss, totals);
   }
-  if (grads) {
+  if (task.grads) {
 #pragma unroll
     for (int k = 0; k < n; ++k) d[k] = select(px.weight[k] != Real<T>(0), d[k]);
     store_grad(call, px, 1, d);
@@ -463,13 +472,13 @@ __device__ inline void two_tile(const Call& call, const Pixels<T>& px, bool regi
 
 // Any softmax: first maximum and sum in one reading, then the classes, and for a gradient that needs
 // sum_k u_k, u_c = -p_c dL/dp_c, the classes once more: dL/dz_c = p_c sum_k u_k - u_c.
-template <class T, int parts, int wants>
-__device__ inline void softmax_tile(const Call& call, const Pixels<T>& px, bool region, bool pixel,
-                                    bool grads, const Sum<T>* by, const T* factor, Totals<T>& totals) {
+template <int parts, class T>
+__device__ inline void softmax_tile(const Call& call, const Pixels<T>& px, Task task, const Sum<T>* by,
+                                    const T* factor, Totals<T>& totals) {
   constexpr int n = per_thread<T>;
   const int64_t channels = call.layout.channels;
   const bool volumes = call.options.region == RegionLoss::generalized_dice;
-  const bool of_label = pixel && call.labels_only, of_classes = pixel && !call.labels_only;
+  const bool of_label = task.pixel && call.labels_only, of_classes = task.pixel && !call.labels_only;
   T top[n] = {}, inverse[n], log_sum[n], usum[n], loss[n];
   LossSlope<T> own[n];
   {
@@ -518,7 +527,7 @@ __device__ inline void softmax_tile(const Call& call, const Pixels<T>& px, bool 
   }
   Softmax<Real<T>> targets{};
   if (call.options.target_is_logits) targets = target_softmax(call, px);
-  for (int step = region || of_classes ? 0 : 1; step < (grads ? 2 : 1); ++step)
+  for (int step = task.region || of_classes ? 0 : 1; step < (task.grads ? 2 : 1); ++step)
     for (int64_t c = 0; c < channels; ++c) {
       T z[n], p[n], u[n];
       load_logits(call, px, c, z);
@@ -528,14 +537,14 @@ __device__ inline void softmax_tile(const Call& call, const Pixels<T>& px, bool 
         p[k] = exp_(z[k]) * inverse[k];
         u[k] = T(0);
       }
-      if (region || of_classes) {
+      if (task.region || of_classes) {
         T g[n];
         load_target(call, px, targets, c, g);
-        if (region && c >= call.first) {
+        if (task.region && c >= call.first) {
           RegionPixel<T> a[n];
 #pragma unroll
           for (int k = 0; k < n; ++k) a[k] = {difference<false>(given_probability(p[k]), g[k]), p[k], g[k]};
-          if (wants & want_sums) {
+          if (task.sums) {
             Terms<T> of[n];
             region_terms(call, a, of);
             T sum_n = T(0), sum_d = T(0), sum_g = T(0);
@@ -548,13 +557,13 @@ __device__ inline void softmax_tile(const Call& call, const Pixels<T>& px, bool 
             }
             totals.add_class(c, sum_n, sum_d, sum_g, volumes);
           }
-          if (wants == want_grad) {
+          if (task.grads) {
             region_slopes(call, a, T(by[2 * c]), T(by[2 * c + 1]), u);
 #pragma unroll
             for (int k = 0; k < n; ++k) u[k] = -(T(px.weight[k]) * u[k] * p[k]);
           }
         }
-        if ((wants & want_sums) && region) totals.after_class(c, channels);
+        if (task.sums && task.region) totals.after_class(c, channels);
         if (of_classes) {
           LossSlope<T> terms[n];
           T nll[n];
@@ -577,40 +586,51 @@ __device__ inline void softmax_tile(const Call& call, const Pixels<T>& px, bool 
 #pragma unroll
       for (int k = 0; k < n; ++k) {
         u[k] = p[k] * usum[k] - u[k];
-        if (of_label && px.label[k] == c) u[k] = region ? u[k] - own[k].loss : -own[k].loss * own[k].slope;
+        if (of_label && px.label[k] == c)
+          u[k] = task.region ? u[k] - own[k].loss : -own[k].loss * own[k].slope;
         u[k] = select(px.weight[k] != Real<T>(0), u[k]);
       }
       store_grad(call, px, c, u);
     }
-  if ((wants & want_sums) && pixel) put_losses(call, px, loss, totals);
+  if (task.sums && task.pixel) put_losses(call, px, loss, totals);
 }
+
+// Blocks that a processor must hold at once: enough loads under way, and no registers spilled.
+template <class T, Mode mode, int parts>
+constexpr int blocks_at_once = sizeof(T) > 4                                   ? 1
+                               : mode == Mode::softmax && parts != region_part ? 2
+                               : mode == Mode::sigmoid && parts == pixel_part  ? 2
+                                                                               : 3;
 
 // One pass over the inputs of one or both parts: partial sums and the loss map, or the gradient, or, of a
 // pixel loss, both. Source: formulas/losses.h, csrc/cpu/losses_exact.cpp. Grid: B * chunks; a block takes
 // every `chunks`th tile of an image. A gradient by itself goes through the pixels backwards: what the forward
 // call has read last is still in the cache. Bytes per pixel and channel, fp32 logits and uint8 labels: sums 5
 // read; gradient 5 read, 4 written; both 5 read, 4 written. Further reads of the same tile by softmax come
-// from the caches. At least one block: left alone, ptxas 13.0 aims at 64 registers for sm_120 and spills in
-// double.
-template <class T, int parts, int wants>
-__global__ void __launch_bounds__(threads, 1) loss_pass(Call call, Pass<Sum<T>> pass) {
+// from the caches.
+template <class T, Mode mode, int parts, int wants>
+__global__ void __launch_bounds__(threads, blocks_at_once<T, mode, parts>)
+    loss_pass(Call call, Pass<Sum<T>> pass) {
   using S = Sum<T>;
   NOISYSEG_SHARED(S, by);  // a gradient by itself: the loss's derivatives by N and D of each class
   __shared__ S slots[wants & want_sums ? warps : 1][3 * group + 2];
-  const bool region =
-      parts == region_part || (parts != pixel_part && call.options.region != RegionLoss::none);
-  const bool pixel = parts == pixel_part || (parts != region_part && call.options.pixel != PixelLoss::none);
-  const bool grads = wants == want_grad || ((wants & want_grad) && call.grad);
+  const bool all = parts == (region_part | pixel_part), either = wants == (want_sums | want_grad);
+  Task task;
+  task.region = parts == region_part || (all && call.options.region != RegionLoss::none);
+  task.pixel = parts == pixel_part || (all && call.options.pixel != PixelLoss::none);
+  task.sums = wants == want_sums || (either && pass.partial);
+  task.grads = wants == want_grad || (either && call.grad);
+  const bool alone = task.grads && !task.sums;
   const int64_t channels = call.layout.channels;
-  const int64_t item = wants == want_grad ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const int64_t item = alone ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
   const int64_t b = item / call.chunks, chunk = item % call.chunks;
   S factor = S(0);
   Totals<T> totals;
-  if (wants & want_sums)
+  if (task.sums)
     totals.begin(slots, pass.partial + b * values_of(channels) * call.chunks + chunk, call.chunks, channels);
-  if (wants == want_grad) {
+  if (alone) {
     const S* sums = pass.sums + b * (channels + 1) * sums_per_class;
-    if (region) {
+    if (task.region) {
       for (int64_t c = threadIdx.x; c < channels; c += threads) {
         const bool in = c >= call.first;
         const S g = in ? grad_of(pass, b, c - call.first) : S(0);
@@ -619,11 +639,11 @@ __global__ void __launch_bounds__(threads, 1) loss_pass(Call call, Pass<Sum<T>> 
       }
       __syncthreads();
     }
-    if (pixel) {
+    if (task.pixel) {
       factor = sums[channels * sums_per_class + 2];
       if (!call.map) factor *= grad_of(pass, b, 0);
     }
-  } else if (grads) {
+  } else if (task.grads) {
     factor = S(call.options.pixel_scale);
     if (pass.counts) {
       const double count = block_sum<threads>(pass.counts[threadIdx.x]);
@@ -634,30 +654,29 @@ __global__ void __launch_bounds__(threads, 1) loss_pass(Call call, Pass<Sum<T>> 
   }
   const int64_t tiles = (call.layout.pixels() + tile_pixels<T> - 1) / tile_pixels<T>;
   for (int64_t at = chunk; at < tiles; at += call.chunks) {
-    const int64_t tile = wants == want_grad ? tiles - 1 - at : at;
-    const Pixels<T> px = load_pixels<T>(call, b, tile, (wants & want_sums) && pixel && !pass.known);
-    T k[px.n];
-    if (pixel && grads) {
-      if (wants == want_grad && call.map) {
-        load_map(call, px, k);
-      } else {
+    const int64_t tile = alone ? tiles - 1 - at : at;
+    const Pixels<T> px = load_pixels<T>(call, b, tile, task.sums && task.pixel && !pass.known);
+    T k[px.n];  // with which a pixel's loss enters that of the call
 #pragma unroll
-        for (int i = 0; i < px.n; ++i) k[i] = T(1);
-      }
+    for (int i = 0; i < px.n; ++i) k[i] = T(0);
+    if (task.pixel && task.grads) {
+#pragma unroll
+      for (int i = 0; i < px.n; ++i) k[i] = T(1);
+      if (alone && call.map) load_map(call, px, k);
+#pragma unroll
+      for (int i = 0; i < px.n; ++i) k[i] *= T(factor) * T(px.weight[i]);
     }
-#pragma unroll
-    for (int i = 0; i < px.n; ++i) k[i] = pixel && grads ? T(factor) * k[i] * T(px.weight[i]) : T(0);
-    if (call.two)
-      two_tile<T, parts, wants>(call, px, region, pixel, grads, by, k, totals);
-    else if (call.softmax)
-      softmax_tile<T, parts, wants>(call, px, region, pixel, grads, by, k, totals);
+    if (mode == Mode::two || (mode == Mode::any && call.two))
+      two_tile<parts>(call, px, task, by, k, totals);
+    else if (mode == Mode::softmax || (mode == Mode::any && call.softmax))
+      softmax_tile<parts>(call, px, task, by, k, totals);
     else
-      sigmoid_tile<T, parts, wants>(call, px, region, pixel, grads, by, k, totals);
-    if (wants & want_sums) totals.count += S(px.count);
+      sigmoid_tile<parts>(call, px, task, by, k, totals);
+    if (task.sums) totals.count += S(px.count);
   }
-  if (wants & want_sums) {
+  if (task.sums) {
     const int in_registers = call.two ? 2 : !call.softmax && channels == 1 ? 1 : 0;
-    totals.end(channels, region ? in_registers : 0);
+    totals.end(channels, task.region ? in_registers : 0);
   }
 }
 
@@ -707,7 +726,7 @@ __global__ void __launch_bounds__(threads)
 // As finish_loss of csrc/cpu/losses.h: the loss, and the other entries of sums. One block; images go to
 // groups of `width` neighbouring lanes, which share an image's classes. add: adds the partial sums first.
 template <class S>
-__global__ void __launch_bounds__(finish_threads<S>)
+__global__ void __launch_bounds__(finish_threads<S>, 1)
     finish_loss(Call call, const S* partial, int64_t chunks, bool known, bool add, int add_width, int width,
                 Reduction reduction, S* sums, void* loss, bool loss_f64) {
   const LossOptions& o = call.options;
@@ -824,7 +843,6 @@ int width_of(int64_t n) {
   while (width < n && width < 32) width *= 2;
   return width;
 }
-unsigned blocks_of(const Call& call) { return static_cast<unsigned>(call.layout.batch * call.chunks); }
 
 Call make_call(const Array& logits, const Array& target, const Array& weight, const Array& mask,
                const Array& class_weight, const LossOptions& o, const Array& grad, const Array& map,
@@ -887,6 +905,45 @@ void finish(const Call& call, Reduction reduction, const S* partial, const Array
                   add_width, width, reduction, sums, loss.data, loss.dtype == DType::f64);
 }
 
+// A float pass: the kernel for the call's mode and parts.
+template <Mode mode>
+void launch_float(const Call& call, const Pass<double>& pass, int wants, const Exec& exec) {
+  const unsigned grid = static_cast<unsigned>(call.layout.batch * call.chunks);
+  const bool region = call.options.region != RegionLoss::none, pixel = call.options.pixel != PixelLoss::none;
+  const size_t by = static_cast<size_t>(2 * call.layout.channels) * sizeof(double);
+  if (region && pixel && wants == want_sums)
+    NOISYSEG_LAUNCH((loss_pass<float, mode, region_part | pixel_part, want_sums>), grid, threads, 0, exec,
+                    call, pass);
+  else if (region && pixel)
+    NOISYSEG_LAUNCH((loss_pass<float, mode, region_part | pixel_part, want_grad>), grid, threads, by, exec,
+                    call, pass);
+  else if (region && wants == want_sums)
+    NOISYSEG_LAUNCH((loss_pass<float, mode, region_part, want_sums>), grid, threads, 0, exec, call, pass);
+  else if (region)
+    NOISYSEG_LAUNCH((loss_pass<float, mode, region_part, want_grad>), grid, threads, by, exec, call, pass);
+  else
+    NOISYSEG_LAUNCH((loss_pass<float, mode, pixel_part, want_sums | want_grad>), grid, threads, 0, exec, call,
+                    pass);
+}
+// In double or dual numbers.
+template <class T>
+void launch_exact(const Call& call, const Pass<T>& pass, int wants, const Exec& exec) {
+  const unsigned grid = static_cast<unsigned>(call.layout.batch * call.chunks);
+  const size_t by = static_cast<size_t>(2 * call.layout.channels) * sizeof(T);
+  if (wants == want_sums)
+    NOISYSEG_LAUNCH((loss_pass<T, Mode::any, region_part | pixel_part, want_sums>), grid, threads, 0, exec,
+                    call, pass);
+  else
+    NOISYSEG_LAUNCH((loss_pass<T, Mode::any, region_part | pixel_part, want_grad>), grid, threads, by, exec,
+                    call, pass);
+}
+void launch_pass(const Call& call, const Pass<double>& pass, int wants, bool f64_logits, const Exec& exec) {
+  if (f64_logits) return launch_exact<double>(call, pass, wants, exec);
+  if (call.two) return launch_float<Mode::two>(call, pass, wants, exec);
+  if (call.softmax) return launch_float<Mode::softmax>(call, pass, wants, exec);
+  launch_float<Mode::sigmoid>(call, pass, wants, exec);
+}
+
 template <class S>
 Pass<S> make_pass() {
   Pass<S> pass;
@@ -940,18 +997,7 @@ LossReport loss_forward(const Array& logits, const Array& target, const Array& w
                         threads, 0, exec, call, counts);
       }
     }
-    const unsigned grid = blocks_of(call);
-    if (logits.dtype == DType::f64)
-      NOISYSEG_LAUNCH((loss_pass<double, region_part | pixel_part, want_sums>), grid, threads, 0, exec, call,
-                      pass);
-    else if (has_region && has_pixel)
-      NOISYSEG_LAUNCH((loss_pass<float, region_part | pixel_part, want_sums>), grid, threads, 0, exec, call,
-                      pass);
-    else if (has_region)
-      NOISYSEG_LAUNCH((loss_pass<float, region_part, want_sums>), grid, threads, 0, exec, call, pass);
-    else
-      NOISYSEG_LAUNCH((loss_pass<float, pixel_part, want_sums | want_grad>), grid, threads, 0, exec, call,
-                      pass);
+    launch_pass(call, pass, want_sums, logits.dtype == DType::f64, exec);
   }
   finish<double>(call, reduction, pass.partial, is_map(o, reduction) ? Array{} : loss, sums, exec);
   return {true, kept};
@@ -963,13 +1009,11 @@ void loss_backward(const Array& logits, const Array& target, const Array& weight
                    const Exec& exec) {
   const DeviceGuard guard(exec.device);
   const bool map = is_map(o, reduction);
-  const bool has_region = o.region != RegionLoss::none, has_pixel = o.pixel != PixelLoss::none;
   const Call call = make_call(logits, target, weight, mask, class_weight, o, grad, map ? grad_loss : Array{});
   if (empty(call.layout)) return;
-  const unsigned grid = blocks_of(call);
   if (kept) {
-    NOISYSEG_LAUNCH((scale_grad), grid, threads, 0, exec, call, grad_loss.data,
-                    grad_loss.dtype == DType::f64);
+    NOISYSEG_LAUNCH((scale_grad), static_cast<unsigned>(call.layout.batch * call.chunks), threads, 0, exec,
+                    call, grad_loss.data, grad_loss.dtype == DType::f64);
     return;
   }
   Pass<double> pass = make_pass<double>();
@@ -977,17 +1021,7 @@ void loss_backward(const Array& logits, const Array& target, const Array& weight
   pass.grad_loss = grad_loss.data;
   pass.grad_f64 = grad_loss.dtype == DType::f64;
   grad_strides(o, reduction, grad_loss, &pass.by_image, &pass.by_class);
-  const size_t shared = has_region ? static_cast<size_t>(2 * call.layout.channels) * sizeof(double) : 0;
-  if (logits.dtype == DType::f64)
-    NOISYSEG_LAUNCH((loss_pass<double, region_part | pixel_part, want_grad>), grid, threads, shared, exec,
-                    call, pass);
-  else if (has_region && has_pixel)
-    NOISYSEG_LAUNCH((loss_pass<float, region_part | pixel_part, want_grad>), grid, threads, shared, exec,
-                    call, pass);
-  else if (has_region)
-    NOISYSEG_LAUNCH((loss_pass<float, region_part, want_grad>), grid, threads, shared, exec, call, pass);
-  else
-    NOISYSEG_LAUNCH((loss_pass<float, pixel_part, want_grad>), grid, threads, shared, exec, call, pass);
+  launch_pass(call, pass, want_grad, logits.dtype == DType::f64, exec);
 }
 
 void loss_tangent(const Array& logits, const Array& logits_dot, const Array& target, const Array& weight,
@@ -1000,9 +1034,7 @@ void loss_tangent(const Array& logits, const Array& logits_dot, const Array& tar
   Pass<Dual<double>> pass = make_pass<Dual<double>>();
   pass.partial = reinterpret_cast<Dual<double>*>(static_cast<double*>(workspace) + count_blocks);
   pass.known = call.count_all;
-  if (!empty(call.layout))
-    NOISYSEG_LAUNCH((loss_pass<Dual<double>, region_part | pixel_part, want_sums>), blocks_of(call), threads,
-                    0, exec, call, pass);
+  if (!empty(call.layout)) launch_exact<Dual<double>>(call, pass, want_sums, exec);
   finish<Dual<double>>(call, reduction, pass.partial, map ? Array{} : loss_dot, sums, exec);
 }
 
@@ -1026,9 +1058,7 @@ void loss_backward_tangent(const Array& logits, const Array& logits_dot, const A
     pass.grad_dot_f64 = grad_loss_dot.dtype == DType::f64;
     grad_strides(o, reduction, grad_loss_dot, &pass.dot_by_image, &pass.dot_by_class);
   }
-  const size_t shared = static_cast<size_t>(2 * call.layout.channels) * sizeof(Dual<double>);
-  NOISYSEG_LAUNCH((loss_pass<Dual<double>, region_part | pixel_part, want_grad>), blocks_of(call), threads,
-                  shared, exec, call, pass);
+  launch_exact<Dual<double>>(call, pass, want_grad, exec);
 }
 
 }  // namespace noisyseg::cuda

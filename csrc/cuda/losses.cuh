@@ -1,8 +1,8 @@
 // A block's pixels of one loss call: where they lie, their weights, labels, logits and targets; and sums over
 // threads.
 //
-// A block of 256 threads walks over tiles of one image, four pixels a thread (one in double and in dual
-// numbers), 256 apart, so that loads are coalesced and four are in flight.
+// A block of 256 threads walks over tiles of one image, two pixels a thread (one in double and in dual
+// numbers), 256 apart, so that loads are coalesced and two are in flight.
 #pragma once
 #include "cuda/launch.h"
 #include "formulas/dtype.h"
@@ -35,7 +35,7 @@ template <class T>
 using Sum = typename NumberTypes<T>::Sum;
 
 template <class T>
-constexpr int per_thread = sizeof(T) == 4 ? 4 : 1;
+constexpr int per_thread = sizeof(T) == 4 ? 2 : 1;
 template <class T>
 constexpr int64_t tile_pixels = threads * per_thread<T>;
 
