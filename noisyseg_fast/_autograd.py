@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from . import _arrays, losses
 from .losses import Arrays, Options
@@ -71,9 +70,10 @@ class _Function(torch.autograd.Function):
 def _by_slices(function: Callable[..., Any]) -> Any:
     """torch.vmap of a Function: one call for each slice."""
 
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         def slice_of(i: int) -> list[Any]:
-            return [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+            pairs = zip(args, in_dims, strict=True)  # in_dims of the options, a tuple, is a tuple
+            return [a.select(d, i) if isinstance(d, int) else a for a, d in pairs]
 
         results = [function(*slice_of(i)) for i in range(info.batch_size)]
         if isinstance(results[0], Tensor):
@@ -121,7 +121,7 @@ class _Loss(_Function):
         if grad_loss is None:
             return (None,) * 8
         kept, ctx.kept = ctx.kept, None  # good for one gradient: it becomes that
-        if kept is not None and not torch.is_grad_enabled():
+        if kept is not None and not torch.is_grad_enabled() and not _transforms_active():
             space = _arrays.of(logits=arrays[0])
             grad = losses.backward(space, arrays, ctx.options, ctx.reduction, grad_loss, sums, kept, True)
         else:
@@ -153,8 +153,10 @@ class _Grad(_Function):
         options: Options,
         reduction: int,
     ) -> Any:
-        arrays = (logits, target, weight, mask, class_weight)
-        return losses.backward(_arrays.of(logits=logits), arrays, options, reduction, grad_loss, sums)
+        space, arrays = _arrays.of(logits=logits), (logits, target, weight, mask, class_weight)
+        if sums is None:
+            sums = losses.forward(space, arrays, options, reduction)[1]
+        return losses.backward(space, arrays, options, reduction, grad_loss, sums)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -164,13 +166,13 @@ class _Grad(_Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, u: Any) -> Any:
         if u is None:
             return (None,) * 9
-        grad_loss, arrays = ctx.saved_tensors[0], ctx.saved_tensors[1:]
-        by_grad_loss, by_logits = _second(u, grad_loss, None, arrays, ctx.options, ctx.reduction)
-        return by_grad_loss, None, by_logits, *(None,) * 6
+        grad_loss, *arrays = ctx.saved_tensors
+        rest = (*arrays, ctx.options, ctx.reduction)
+        by_grad_loss = _Tangent.call(u, *rest) if ctx.needs_input_grad[0] else None
+        return by_grad_loss, None, _GradTangent.call(grad_loss, None, u, *rest), *(None,) * 6
 
     @staticmethod
     def jvp(ctx: Any, grad_loss_dot: Any, _: Any, logits_dot: Any, *__: Any) -> Any:
@@ -198,16 +200,13 @@ class _Tangent(_Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Any) -> Any:
         if grad_loss is None:
             return (None,) * 8
-        logits_dot, arrays = ctx.saved_tensors[0], ctx.saved_tensors[1:]
-        space = _arrays.of(logits=arrays[0])
-        _, sums, _ = losses.forward(space, arrays, ctx.options, ctx.reduction)
-        by_dot = losses.backward(space, arrays, ctx.options, ctx.reduction, grad_loss, sums)
-        by_logits = _second(logits_dot, grad_loss, None, arrays, ctx.options, ctx.reduction)[1]
-        return by_dot, by_logits, *(None,) * 6
+        logits_dot, *arrays = ctx.saved_tensors
+        rest = (*arrays, ctx.options, ctx.reduction)
+        by_logits = _GradTangent.call(grad_loss, None, logits_dot, *rest) if ctx.needs_input_grad[1] else None
+        return _Grad.call(grad_loss, None, *rest), by_logits, *(None,) * 6
 
     vmap = _by_slices(lambda *args: _Tangent.call(*args))
 
@@ -218,7 +217,10 @@ class _GradTangent(_Function):
     @staticmethod
     def forward(grad_loss: Any, grad_loss_dot: Any, logits_dot: Any, *arguments: Any) -> Any:
         arrays, (options, reduction) = arguments[:5], arguments[5:]
-        return _second(logits_dot, grad_loss, grad_loss_dot, arrays, options, reduction)[1]
+        space = _arrays.of(logits=arrays[0], logits_dot=logits_dot)
+        _, sums = losses.tangent(space, arrays, options, reduction, logits_dot)
+        dots = (logits_dot, grad_loss, grad_loss_dot, sums)
+        return losses.backward_tangent(space, arrays, options, reduction, *dots)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -229,21 +231,6 @@ class _GradTangent(_Function):
         raise RuntimeError("noisyseg_fast losses have first and second derivatives, no third ones")
 
     vmap = _by_slices(lambda *args: _GradTangent.call(*args))
-
-
-def _second(
-    logits_dot: Tensor,
-    grad_loss: Tensor,
-    grad_loss_dot: Maybe,
-    arrays: Arrays,
-    options: Options,
-    reduction: int,
-) -> tuple[Tensor, Tensor]:
-    """(loss_dot, grad_dot) along logits_dot."""
-    space = _arrays.of(logits=arrays[0], logits_dot=logits_dot)
-    loss_dot, sums = losses.tangent(space, arrays, options, reduction, logits_dot)
-    dots = (logits_dot, grad_loss, grad_loss_dot, sums)
-    return loss_dot, losses.backward_tangent(space, arrays, options, reduction, *dots)
 
 
 # ---- compiled -------------------------------------------------------------------------------------

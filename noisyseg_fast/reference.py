@@ -232,8 +232,9 @@ def pixel_loss(
     """Loss map times weight; "mean" divides by the pixels that are in (or their labels' class weights)."""
     w, inside = _pixel_weight(logits, weight, mask, target, ignore_index)
     labels = _per_class(logits, target)
-    given = torch.ones(logits.shape[1]) if class_weight is None else torch.as_tensor(class_weight)
-    cw = given.to(logits).reshape((1, -1) + (1,) * (logits.ndim - 2))
+    given = [1.0] * logits.shape[1] if class_weight is None else class_weight
+    cw = torch.as_tensor(given, dtype=logits.dtype, device=logits.device)
+    cw = cw.reshape((1, -1) + (1,) * (logits.ndim - 2))
     g = labels if kind == "boundary" else _smooth(labels, label_smoothing)
     parameter = {"gce": q, "focal": focal_gamma}.get(kind, 0.0)
     loss = (cw * _pixel_terms(logits, g, kind, activation, parameter)).sum(1)
