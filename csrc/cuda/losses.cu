@@ -160,7 +160,7 @@ struct Own {
 template <class T>
 __device__ inline void own_terms(const Call& call, const Own<T>& own, LossSlope<T>* out) {
   constexpr int n = per_thread<T>;
-  const T parameter = T(call.options.parameter), inverse = T(1.0 / static_cast<double>(call.layout.channels));
+  const T parameter = T(call.options.parameter), inverse = T(call.inverse_channels);
 #define CASE(kind)                                                                    \
   {                                                                                   \
     _Pragma("unroll") for (int k = 0; k < n; ++k) out[k] =                            \
@@ -174,7 +174,7 @@ template <class T>
 __device__ inline void class_terms(const Call& call, const T* p, const T* nll, const T* g,
                                    LossSlope<T>* out) {
   constexpr int n = per_thread<T>;
-  const T parameter = T(call.options.parameter), inverse = T(1.0 / static_cast<double>(call.layout.channels));
+  const T parameter = T(call.options.parameter), inverse = T(call.inverse_channels);
 #define CASE(kind)                                                      \
   {                                                                     \
     _Pragma("unroll") for (int k = 0; k < n; ++k) out[k] =              \
@@ -367,7 +367,7 @@ __device__ inline void sigmoid_tile(const Call& call, const Pixels<T>& px, Task 
     }
     if (task.sums && task.region && channels > 1) totals.after_class(c, channels);
     if (task.pixel) {
-      const T share = T(class_weight(call, c) / static_cast<double>(channels));
+      const T share = T(class_weight(call, c) * call.inverse_channels);
 #pragma unroll
       for (int k = 0; k < n; ++k) {
         if (task.sums) loss[k] += share * terms[k].loss;
@@ -597,10 +597,9 @@ __device__ inline void softmax_tile(const Call& call, const Pixels<T>& px, Task 
 
 // Blocks that a processor must hold at once: enough loads under way, and no registers spilled.
 template <class T, Mode mode, int parts>
-constexpr int blocks_at_once = sizeof(T) > 4                                   ? 1
-                               : mode == Mode::softmax && parts != region_part ? 2
-                               : mode == Mode::sigmoid && parts == pixel_part  ? 2
-                                                                               : 3;
+constexpr int blocks_at_once = sizeof(T) > 4                                                          ? 1
+                               : mode == Mode::two || (mode == Mode::sigmoid && parts == region_part) ? 3
+                                                                                                      : 2;
 
 // One pass over the inputs of one or both parts: partial sums and the loss map, or the gradient, or, of a
 // pixel loss, both. Source: formulas/losses.h, csrc/cpu/losses_exact.cpp. Grid: B * chunks; a block takes
@@ -815,7 +814,6 @@ __global__ void __launch_bounds__(threads) scale_grad(Call call, const void* gra
   if (factor == 1.f) return;
   const int64_t b = blockIdx.x / call.chunks;
   const int64_t tiles = (call.layout.pixels() + tile_pixels<float> - 1) / tile_pixels<float>;
-  call.mask = call.weight = Plane{}, call.labels = false;
   for (int64_t tile = blockIdx.x % call.chunks; tile < tiles; tile += call.chunks) {
     const Pixels<float> px = load_pixels<float>(call, b, tile, false);
     for (int64_t c = 0; c < call.layout.channels; ++c) {
@@ -862,6 +860,8 @@ Call make_call(const Array& logits, const Array& target, const Array& weight, co
   call.class_weight_f64 = class_weight.dtype == DType::f64;
   call.class_weight_step = class_weight ? class_weight.strides[0] : 0;
   call.first = channels > 1 && !o.include_background;
+  call.inverse_channels = 1.0 / static_cast<double>(channels);
+  call.smoothed = o.label_smoothing / static_cast<double>(channels == 1 ? 2 : channels);
   call.chunks = chunks_of(call.layout.batch, call.layout.pixels());
   call.flat = call.layout.extent[0] * call.layout.extent[1] == 1;
   call.softmax = o.activation == Activation::softmax;
@@ -1009,9 +1009,10 @@ void loss_backward(const Array& logits, const Array& target, const Array& weight
                    const Exec& exec) {
   const DeviceGuard guard(exec.device);
   const bool map = is_map(o, reduction);
-  const Call call = make_call(logits, target, weight, mask, class_weight, o, grad, map ? grad_loss : Array{});
+  Call call = make_call(logits, target, weight, mask, class_weight, o, grad, map ? grad_loss : Array{});
   if (empty(call.layout)) return;
   if (kept) {
+    call.mask = call.weight = Plane{}, call.labels = false;  // the pixels alone
     NOISYSEG_LAUNCH((scale_grad), static_cast<unsigned>(call.layout.batch * call.chunks), threads, 0, exec,
                     call, grad_loss.data, grad_loss.dtype == DType::f64);
     return;

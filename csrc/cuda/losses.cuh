@@ -50,8 +50,9 @@ struct Call {
   const void* class_weight;  // (C,) or nullptr
   bool class_weight_f64;
   int64_t class_weight_step;
-  int64_t first, chunks;  // the first class of the region loss; blocks for each image
-  bool flat;              // an image's pixels are one row
+  double inverse_channels, smoothed;  // 1 / C; what label smoothing gives to every class
+  int64_t first, chunks;              // the first class of the region loss; blocks for each image
+  bool flat;                          // an image's pixels are one row
   bool softmax, labels;
   bool hard;                       // targets are 0 or 1, and the pixel loss's short formulas hold
   bool labels_only;                // hard, and of a softmax the label's own probability is enough
@@ -293,7 +294,7 @@ __device__ inline void load_target(const Call& call, const Pixels<T>& px, const 
                                    int64_t c, T* out) {
   using R = Real<T>;
   const R s = static_cast<R>(call.options.label_smoothing);
-  const R share = s / static_cast<R>(call.layout.channels == 1 ? 2 : call.layout.channels);
+  const R share = static_cast<R>(call.smoothed);
   if (call.labels) {
     const int wanted = call.layout.channels == 1 ? 1 : static_cast<int>(c);
 #pragma unroll
