@@ -482,13 +482,13 @@ __device__ inline void softmax_tile(const Call& call, const Pixels<T>& px, Task 
   T top[n] = {}, inverse[n], log_sum[n], usum[n], loss[n];
   LossSlope<T> own[n];
   {
-    Own<T> mine;
+    Own<T> mine{};
     T sum[n] = {}, z[n];  // sum: of the other classes where the label's own is wanted, else of all
     for (int64_t c = 0; c < channels; ++c) {
       load_logits(call, px, c, z);
 #pragma unroll
       for (int k = 0; k < n; ++k) {
-        if (c == 0) top[k] = z[k], mine.t[k] = T(0);
+        if (c == 0) top[k] = z[k];
         const bool larger = z[k] > top[k], is = of_label && px.label[k] == c;
         const T e = exp_(larger ? top[k] - z[k] : z[k] - top[k]);
         const T term = larger ? T(1) : e;
@@ -680,7 +680,7 @@ __global__ void __launch_bounds__(threads, blocks_at_once<T, mode, parts>)
 }
 
 // What "mean" divides by, in partial sums: counts (256). Grid: at most 256. Bytes per pixel, uint8 labels: 1.
-__global__ void __launch_bounds__(threads) label_count(Call call, double* counts) {
+__global__ void __launch_bounds__(threads, 1) label_count(Call call, double* counts) {
   const int64_t tiles = (call.layout.pixels() + tile_pixels<float> - 1) / tile_pixels<float>;
   double count = 0;
   for (int64_t i = blockIdx.x; i < tiles * call.layout.batch; i += gridDim.x)
@@ -715,7 +715,7 @@ __device__ inline void add_partial(const Call& call, const S* partial, int64_t c
 }
 
 template <class S>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 1)
     loss_add(Call call, const S* partial, int64_t chunks, bool known, int width, S* sums) {
   const int64_t at = (blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x) / width;
   add_partial(call, partial, chunks, known, width, at, gridDim.x * static_cast<int64_t>(threads) / width,
@@ -809,7 +809,7 @@ __global__ void __launch_bounds__(finish_threads<S>, 1)
 
 // The gradient that the forward call has kept, times that of the loss: nothing to do where it is 1. Bytes per
 // element otherwise: 4 read, 4 written.
-__global__ void __launch_bounds__(threads) scale_grad(Call call, const void* grad_loss, bool grad_f64) {
+__global__ void __launch_bounds__(threads, 1) scale_grad(Call call, const void* grad_loss, bool grad_f64) {
   const float factor = static_cast<float>(scalar_at(grad_loss, grad_f64, 0));
   if (factor == 1.f) return;
   const int64_t b = blockIdx.x / call.chunks;
