@@ -21,14 +21,14 @@ struct Layout {
   NOISYSEG_HOST_DEVICE int64_t pixels() const { return extent[0] * extent[1] * extent[2]; }
 };
 
-// At most six arrays. planes[i] receives arrays[i]; arrays of rank one less than the first have no channel
+// At most eight arrays. planes[i] receives arrays[i]; arrays of rank one less than the first have no channel
 // axis.
 static inline Layout make_layout(const Array* arrays, Plane* planes, int count) {
   const Array& first = arrays[0];
   Layout layout;
   layout.batch = first.shape[0];
   layout.channels = first.shape[1];
-  int64_t extent[Array::max_rank], step[6][Array::max_rank];
+  int64_t extent[Array::max_rank], step[8][Array::max_rank];
   int axes = 0;
   for (int axis = 2; axis < first.rank; ++axis) {
     if (first.shape[axis] == 1) continue;

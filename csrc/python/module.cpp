@@ -36,6 +36,7 @@ PYBIND11_MODULE(_core, m) {
       "Compiled kernels of noisyseg_fast. Takes addresses, never tensors; see noisyseg_fast/_arrays.py.";
   m.def("build_info", &noisyseg::build_info);
   noisyseg::bind_losses(m);
+  noisyseg::bind_task_losses(m);
   noisyseg::bind_distance(m);
   noisyseg::bind_surface(m);
 }
