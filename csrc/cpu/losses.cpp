@@ -1,310 +1,205 @@
-// Fused losses on the CPU.
+// Fused losses on the CPU: f16, bf16 and f32 logits, computed in float. (f64: losses_exact.cpp.)
 //
-// An image's pixels are cut into chunks of a fixed size; a chunk is one thread's work and gives one partial
-// sum, and the partial sums are added in order: the same bits whatever the threads. Within a chunk, blocks
-// of up to 256 pixels are brought to float (or double) in the L1 cache, where that is not what they are,
-// and every formula is then a plain loop over 16 lanes that the compiler vectorises.
+// An image's pixels are cut into chunks of a fixed size; a chunk is one thread's work and gives one set of
+// partial sums, and the partial sums are added in order: the same bits whatever the threads. Within a chunk,
+// blocks of up to 512 pixels are brought to float in the L1 cache, where that is not what they are, and every
+// formula is then a few plain loops that the compiler vectorises: short ones, because a CPU looks only some
+// forty operations ahead, and a loop with everything in it would wait for its own long chain.
 //
-// Bytes per pixel and channel, fp32 logits and uint8 labels: forward 5 read; backward 5 read, 4 written.
-#include "noisyseg/losses.h"
-
-#include "cpu/parallel.h"
-#include "formulas/dtype.h"
-#include "formulas/losses.h"
-#include "layout.h"
+// Bytes per pixel and channel, fp32 logits and uint8 labels. Pixel loss, value and gradient in the forward
+// call: 5 read, 4 written; the backward call then has nothing to do. Region loss: forward 5 read, 4 written
+// (|p - g|, which saves the exponentials later); backward 5 read, 4 written.
+#include "cpu/losses.h"
 
 namespace noisyseg::NOISYSEG_ISA {
 namespace {
 
-using namespace formulas;
-
-constexpr int lanes = 16;
-constexpr int block_pixels = 512;
-constexpr int64_t chunk_pixels = 4096;  // fixed: it decides the order of the sums
-constexpr int buffer_values = 16384;    // a block of all channels: 64 KB of float
-constexpr int64_t max_channels = buffer_values / lanes;
-
-int64_t chunks_of(const Layout& layout) { return (layout.pixels() + chunk_pixels - 1) / chunk_pixels; }
-
-// As many pixels as fit the buffer with all their channels.
+// As many pixels as fit a quarter of the buffer with all their channels; never less than the lanes.
 int block_of(int64_t channels) {
-  const int64_t fit = buffer_values / (channels > 0 ? channels : 1) / lanes * lanes;
-  return static_cast<int>(fit < block_pixels ? fit : block_pixels);
+  const int64_t fit = buffer_values / 4 / channels / lanes * lanes;
+  return static_cast<int>(fit < lanes ? lanes : fit < block_pixels ? fit : block_pixels);
 }
 
-int padded(int n) { return (n + lanes - 1) / lanes * lanes; }
-
-template <class T, class From>
-void load_row(const char* data, int64_t offset, int64_t step, int n, T* out) {
-  const From* from = reinterpret_cast<const From*>(data) + offset;
-  if (step == 1)
-    for (int i = 0; i < n; ++i) out[i] = to_real<T>(from[i]);
-  else
-    for (int i = 0; i < n; ++i) out[i] = to_real<T>(from[i * step]);
-}
-
-template <class T, class To>
-void store_row(char* data, int64_t offset, int64_t step, int n, const T* in) {
-  To* to = reinterpret_cast<To*>(data) + offset;
-  if (step == 1)
-    for (int i = 0; i < n; ++i) assign(to[i], in[i]);
-  else
-    for (int i = 0; i < n; ++i) assign(to[i * step], in[i]);
-}
-
-template <class T>
-constexpr DType dtype_of() {
-  return sizeof(T) == 4 ? DType::f32 : DType::f64;
-}
-
-// Calls f(offset, done, m) for each run of m pixels that lie in one row, among pixels [q, q + n).
-template <class F>
-inline void for_rows(const Plane& plane, const Layout& layout, int64_t base, int64_t q, int n, const F& f) {
-  const int64_t width = layout.extent[2];
-  if (layout.extent[0] * layout.extent[1] == 1) return f(base + q * plane.step[2], 0, n);  // no division
-  int64_t row = q / width, column = q % width;
-  for (int done = 0; done < n; ++row, column = 0) {
-    const int64_t left = width - column;
-    const int m = left < n - done ? static_cast<int>(left) : n - done;
-    const int64_t offset = base + (row / layout.extent[1]) * plane.step[0] +
-                           (row % layout.extent[1]) * plane.step[1] + column * plane.step[2];
-    f(offset, done, m);
-    done += m;
-  }
-}
-
-// The address of pixels [q, q + n) if they are T, without gaps and a multiple of the lanes; else `buffer`.
-template <class T>
-const T* load_direct(const Plane& plane, const Layout& layout, int64_t base, int64_t q, int n,
-                     const T* buffer) {
-  if (plane.dtype != dtype_of<T>() || plane.step[2] != 1 || n % lanes != 0 ||
-      (layout.extent[0] * layout.extent[1] > 1 && q % layout.extent[2] + n > layout.extent[2]))
-    return buffer;
-  const T* direct = nullptr;
-  for_rows(plane, layout, base, q, n,
-           [&](int64_t offset, int, int) { direct = reinterpret_cast<const T*>(plane.data) + offset; });
-  return direct;
-}
-
-// Pixels [q, q + n) of one plane as T, zeros behind them up to a multiple of the lanes: where they lie, if
-// they lie there as T already, otherwise in `buffer`.
-template <class T>
-const T* load(const Plane& plane, const Layout& layout, int64_t base, int64_t q, int n, T* buffer) {
-  const T* direct = load_direct<T>(plane, layout, base, q, n, buffer);
-  if (direct != buffer) return direct;
-  for_rows(plane, layout, base, q, n, [&](int64_t offset, int done, int m) {
-#define CASE(From) load_row<T, From>(plane.data, offset, plane.step[2], m, buffer + done);
-    NOISYSEG_DTYPE_CASES(plane.dtype, CASE)
-#undef CASE
-  });
-  for (int i = n; i < padded(n); ++i) buffer[i] = T(0);
-  return buffer;
-}
-
-template <class T>
-void store(const Plane& plane, const Layout& layout, int64_t base, int64_t q, int n, const T* values) {
-  for_rows(plane, layout, base, q, n, [&](int64_t offset, int done, int m) {
-#define CASE(To) store_row<T, To>(plane.data, offset, plane.step[2], m, values + done);
-    NOISYSEG_DTYPE_CASES(plane.dtype, CASE)
-#undef CASE
-  });
-}
-
-// Where to compute a block's results: in place, if the plane holds T without gaps there, otherwise `buffer`,
-// to be stored afterwards.
-template <class T>
-T* destination(const Plane& plane, const Layout& layout, int64_t base, int64_t q, int n, T* buffer) {
-  return const_cast<T*>(load_direct<T>(plane, layout, base, q, n, buffer));
-}
-
-struct Planes {
-  Plane logits, target, weight, mask, other;  // other: the gradient or the loss map
-  Plane map;                                  // the gradient with respect to the loss map
-  bool labels;                                // target holds class numbers
-  Layout layout;
-};
-
-Planes make_planes(const Array& logits, const Array& target, const Array& weight, const Array& mask,
-                   const Array& other, const Array& map) {
-  Planes p;
-  const Array arrays[6] = {logits, target, weight, mask, other, map};
-  Plane planes[6];
-  p.layout = make_layout(arrays, planes, 6);
-  p.logits = planes[0], p.target = planes[1], p.weight = planes[2], p.mask = planes[3], p.other = planes[4],
-  p.map = planes[5];
-  p.labels = target.rank == logits.rank - 1;
-  if (p.layout.channels > max_channels) throw std::invalid_argument("logits has more than 1024 channels");
-  return p;
-}
-
-// The target of a block as one map for each class, without ever expanding labels in memory.
-template <class T>
-class Target {
+// A block's weights and labels, and the target of each class without ever expanding labels in memory.
+class Block {
  public:
-  Target(const Planes& planes, int64_t b) : planes_(planes), base_(b * planes.target.batch) {}
+  const float* w = nullptr;  // weight where the pixel is in, else 0, zeros behind the last; nullptr: all once
+  bool good = true;          // whether all labels of pixels with a weight are in range
+  int n = 0, np = 0;         // pixels, and up to a multiple of the lanes
 
-  // Returns whether all labels of pixels with a weight are in range.
-  bool begin(int64_t q, int n, const T* w) {
-    q_ = q, n_ = n, stray_ = false;
-    if (!planes_.labels) return true;
-    const int classes = planes_.layout.channels == 1 ? 2 : static_cast<int>(planes_.layout.channels);
-    return classes < 256 ? begin_as(classes, q, n, w, narrow_) : begin_as(classes, q, n, w, wide_);
+  Block(const Planes& planes, const LossOptions& options, int64_t b) : p_(planes), o_(options), b_(b) {}
+
+  void begin(int64_t q, int count) {
+    q_ = q, n = count, np = padded(n), w = nullptr;
+    if (o_.target_is_logits && o_.activation == Activation::softmax) target_softmax();
+    const bool ignored = p_.labels && load_labels();
+    if (!p_.weight && !p_.mask && !ignored && n % lanes == 0) {
+      fix_labels();
+      return;
+    }
+    const float* weight =
+        p_.weight ? load(p_.weight, p_.layout, b_ * p_.weight.batch, q, n, scratch_) : nullptr;
+    for (int i = 0; i < np; ++i) weights_[i] = i >= n ? 0.f : weight ? weight[i] : 1.f;
+    if (p_.mask) {
+      const float* keep = load(p_.mask, p_.layout, b_ * p_.mask.batch, q, n, scratch_);
+      for (int i = 0; i < np; ++i) weights_[i] = keep[i] != 0.f ? weights_[i] : 0.f;
+    }
+    if (ignored)
+      for (int i = 0; i < n; ++i) weights_[i] = ignored_[i] != 0.f ? 0.f : weights_[i];
+    w = weights_;
+    fix_labels();
   }
 
-  // Whether the block has labels out of range: such a pixel is of no class.
-  bool stray() const { return stray_; }
-
-  const T* channel(int64_t c, T* buffer) const {
-    if (!planes_.labels)
-      return load(planes_.target, planes_.layout, base_ + c * planes_.target.channel, q_, n_, buffer);
-    return select(c, T(1), T(0), buffer);
+  // What each pixel counts in the mean: 1 where it is in, whatever its weight; its label's class weight.
+  void count(const float* class_weights, float* out) {
+    for (int i = 0; i < np; ++i) out[i] = i < n ? 1.f : 0.f;
+    if (p_.mask) {
+      const float* keep = load(p_.mask, p_.layout, b_ * p_.mask.batch, q_, n, scratch_);
+      for (int i = 0; i < n; ++i) out[i] = keep[i] != 0.f ? out[i] : 0.f;
+    }
+    if (p_.labels && o_.has_ignore)
+      for (int i = 0; i < n; ++i) out[i] = ignored_[i] != 0.f ? 0.f : out[i];
+    if (class_weights)
+      for (int i = 0; i < n; ++i)
+        out[i] = out[i] != 0.f && label_[i] >= 0.f ? class_weights[static_cast<int>(label_[i])] : 0.f;
   }
 
-  // With labels: -1 where the class is c, else 1; see hard_pixel.
-  const T* sides(int64_t c, T* buffer) const { return select(c, T(-1), T(1), buffer); }
+  const float* label() const { return label_; }
+
+  // The target of class c.
+  const float* target(int64_t c, float* buffer) const {
+    const float s = static_cast<float>(o_.label_smoothing), k = static_cast<float>(classes_of(p_.layout.channels));
+    if (p_.labels) return select(c, 1.f - s + s / k, s / k, buffer);
+    const float* g = load(p_.target, p_.layout, b_ * p_.target.batch + c * p_.target.channel, q_, n, buffer);
+    if (o_.target_is_logits && o_.activation == Activation::softmax) {
+      for (int i = 0; i < np; ++i) buffer[i] = exp_(g[i] - top_[i]) * inverse_[i];
+      return buffer;
+    }
+    if (o_.target_is_logits) {
+      for (int i = 0; i < np; ++i) {
+        const float e = exp_(-abs_(g[i]));
+        buffer[i] = (g[i] >= 0.f ? 1.f : e) / (1.f + e);
+      }
+      return buffer;
+    }
+    if (s != 0.f) {
+      for (int i = 0; i < np; ++i) buffer[i] = (1.f - s) * g[i] + s / k;
+      return buffer;
+    }
+    return g;
+  }
+
+  // -1 where the class is c, else 1; see hard_pixel.
+  const float* sides(int64_t c, float* buffer) const { return select(c, -1.f, 1.f, buffer); }
 
  private:
-  const T* select(int64_t c, T there, T elsewhere, T* buffer) const {
-    const int wanted = planes_.layout.channels == 1 ? 1 : static_cast<int>(c);
-    const int np = padded(n_);
-    if (planes_.layout.channels < 256)
-      for (int i = 0; i < np; ++i) buffer[i] = narrow_[i] == wanted ? there : elsewhere;
-    else
-      for (int i = 0; i < np; ++i) buffer[i] = wide_[i] == wanted ? there : elsewhere;
+  const float* select(int64_t c, float there, float elsewhere, float* buffer) const {
+    const float wanted = p_.layout.channels == 1 ? 1.f : static_cast<float>(c);
+    for (int i = 0; i < np; ++i) buffer[i] = label_[i] == wanted ? there : elsewhere;
     return buffer;
   }
 
-  template <class Label>
-  bool begin_as(int classes, int64_t q, int n, const T* w, Label* out) {
-    const Plane& target = planes_.target;
-    int64_t least = 0, most = 0;
-    for_rows(target, planes_.layout, base_, q, n, [&](int64_t offset, int done, int m) {
-      if (target.dtype == DType::i64)
-        read<int64_t>(offset, m, out + done, least, most);
-      else if (target.dtype == DType::i32)
-        read<int32_t>(offset, m, out + done, least, most);
+  void target_softmax() {
+    for (int64_t c = 0; c < p_.layout.channels; ++c) {
+      const float* z = load(p_.target, p_.layout, b_ * p_.target.batch + c * p_.target.channel, q_, n, scratch_);
+      for (int i = 0; i < np; ++i) top_[i] = c == 0 ? z[i] : max_(top_[i], z[i]);
+    }
+    for (int i = 0; i < np; ++i) inverse_[i] = 0.f;
+    for (int64_t c = 0; c < p_.layout.channels; ++c) {
+      const float* z = load(p_.target, p_.layout, b_ * p_.target.batch + c * p_.target.channel, q_, n, scratch_);
+      for (int i = 0; i < np; ++i) inverse_[i] += exp_(z[i] - top_[i]);
+    }
+    for (int i = 0; i < np; ++i) inverse_[i] = 1.f / inverse_[i];
+  }
+
+  // Returns whether some labels are the ignored one.
+  bool load_labels() {
+    low_ = 0, high_ = 0;
+    bool ignored = false;
+    for_rows(p_.target, p_.layout, b_ * p_.target.batch, q_, n, [&](int64_t offset, int done, int m) {
+      if (p_.target.dtype == DType::i64)
+        ignored |= read<int64_t>(offset, m, done);
+      else if (p_.target.dtype == DType::i32)
+        ignored |= read<int32_t>(offset, m, done);
       else
-        read<uint8_t>(offset, m, out + done, least, most);
+        ignored |= read<uint8_t>(offset, m, done);
     });
-    for (int i = n; i < padded(n); ++i) out[i] = 0;
-    if (least >= 0 && most < classes) return true;
-    // Rare. A label out of range is fine where the mask leaves it out; 255 is the usual "unlabelled".
-    bool good = stray_ = true;
-    for_rows(target, planes_.layout, base_, q, n, [&](int64_t offset, int done, int m) {
-      for (int i = 0; i < m; ++i) {
-        const int64_t label = label_at(offset + i * target.step[2]);
-        if (label >= 0 && label < classes) continue;
-        out[done + i] = static_cast<Label>(classes);  // no class
-        good &= w != nullptr && w[done + i] == T(0);
-      }
-    });
-    return good;
+    for (int i = n; i < np; ++i) label_[i] = 0.f;
+    return ignored;
   }
 
-  int64_t label_at(int64_t offset) const {
-    const char* data = planes_.target.data;
-    if (planes_.target.dtype == DType::i64) return reinterpret_cast<const int64_t*>(data)[offset];
-    if (planes_.target.dtype == DType::i32) return reinterpret_cast<const int32_t*>(data)[offset];
-    return reinterpret_cast<const uint8_t*>(data)[offset];
-  }
-
-  template <class From, class Label>
-  void read(int64_t offset, int m, Label* out, int64_t& least, int64_t& most) const {
-    const From* from = reinterpret_cast<const From*>(planes_.target.data) + offset;
-    const int64_t step = planes_.target.step[2];
-    From low = 0, high = 0;
-    if (step == 1 &&
-        sizeof(From) == sizeof(Label)) {  // bytes: no loop that both reads and writes, for the vectoriser
-      __builtin_memcpy(out, from, static_cast<size_t>(m) * sizeof(From));
-      for (int i = 0; i < m; ++i) high = from[i] > high ? from[i] : high;
-      if (sizeof(From) > 1)
-        for (int i = 0; i < m; ++i) low = from[i] < low ? from[i] : low;
-    } else if (step == 1) {
-      for (int i = 0; i < m; ++i) {
-        out[i] = static_cast<Label>(from[i]);
-        low = from[i] < low ? from[i] : low;
-        high = from[i] > high ? from[i] : high;
-      }
-    } else {
+  template <class From>
+  bool read(int64_t offset, int m, int done) {
+    const From* from = reinterpret_cast<const From*>(p_.target.data) + offset;
+    const int64_t step = p_.target.step[2];
+    float* __restrict out = label_ + done;
+    if (step != 1 || sizeof(From) == 8) {  // eight bytes: narrowed first, where the processor can compare
+      int32_t* __restrict narrow = narrow_;
+      int64_t lost = 0;
       for (int i = 0; i < m; ++i) {
         const From x = from[i * step];
-        out[i] = static_cast<Label>(x);
-        low = x < low ? x : low;
-        high = x > high ? x : high;
+        narrow[i] = static_cast<int32_t>(x);
+        lost |= static_cast<int64_t>(x) ^ static_cast<int64_t>(narrow[i]);
       }
+      if (lost != 0)  // rare
+        for (int i = 0; i < m; ++i)
+          if (static_cast<int64_t>(from[i * step]) != static_cast<int64_t>(narrow[i]))
+            narrow[i] = o_.has_ignore && static_cast<int64_t>(from[i * step]) == o_.ignore ? far_ignored : -1;
+      return take(narrow, m, out, done);
     }
-    least = low < least ? static_cast<int64_t>(low) : least;
-    most = high > most ? static_cast<int64_t>(high) : most;
+    return take(from, m, out, done);
+  }
+  static constexpr int32_t far_ignored = INT32_MIN;  // stands for an ignored label that int32 cannot hold
+
+  template <class From>
+  bool take(const From* __restrict from, int m, float* __restrict out, int done) {
+    From low = 0, high = 0;
+    for (int i = 0; i < m; ++i) high = from[i] > high ? from[i] : high;
+    if (sizeof(From) > 1)
+      for (int i = 0; i < m; ++i) low = from[i] < low ? from[i] : low;
+    for (int i = 0; i < m; ++i) out[i] = static_cast<float>(from[i]);
+    low_ = static_cast<int32_t>(low) < low_ ? static_cast<int32_t>(low) : low_;
+    high_ = static_cast<int32_t>(high) > high_ ? static_cast<int32_t>(high) : high_;
+    if (!o_.has_ignore) return false;
+    float* __restrict ignored = ignored_ + done;
+    const bool fits = o_.ignore == static_cast<int64_t>(static_cast<From>(o_.ignore));
+    const From wanted = fits ? static_cast<From>(o_.ignore) : static_cast<From>(far_ignored);
+    const bool possible = fits || sizeof(From) == 4;
+    float any = 0.f;
+    for (int i = 0; i < m; ++i) {
+      ignored[i] = possible && from[i] == wanted ? 1.f : 0.f;
+      any = ignored[i] > any ? ignored[i] : any;
+    }
+    return any != 0.f;
   }
 
-  const Planes& planes_;
-  int64_t base_, q_ = 0;
-  int n_ = 0;
-  bool stray_ = false;
-  union {
-    uint8_t narrow_[block_pixels];
-    int32_t wide_[block_pixels];
-  };
+  // A label out of range is fine where the pixel is out; such a pixel is of no class, -1.
+  void fix_labels() {
+    good = true;
+    const int classes = classes_of(p_.layout.channels);
+    if (!p_.labels || (low_ >= 0 && high_ < classes)) return;
+    float bad = 0.f;
+    for (int i = 0; i < n; ++i) {
+      const bool stray = !(label_[i] >= 0.f && label_[i] < static_cast<float>(classes));
+      bad = stray && (w == nullptr || w[i] != 0.f) ? 1.f : bad;
+      label_[i] = stray ? -1.f : label_[i];
+    }
+    good = bad == 0.f;
+  }
+
+  const Planes& p_;
+  const LossOptions& o_;
+  int64_t b_, q_ = 0;
+  int32_t low_ = 0, high_ = 0;
+  alignas(64) float label_[block_pixels], weights_[block_pixels], ignored_[block_pixels],
+      scratch_[block_pixels], top_[block_pixels], inverse_[block_pixels];
+  int32_t narrow_[block_pixels];
 };
 
-// weight where mask is not 0, else 0; zeros behind the last pixel. nullptr: every pixel counts once.
-template <class T>
-const T* load_weight(const Planes& p, int64_t b, int64_t q, int n, T* buffer, T* scratch) {
-  if (!p.weight && !p.mask && n % lanes == 0) return nullptr;
-  const T* weight = p.weight ? load(p.weight, p.layout, b * p.weight.batch, q, n, scratch) : nullptr;
-  for (int i = 0; i < padded(n); ++i) buffer[i] = i >= n ? T(0) : weight ? weight[i] : T(1);
-  if (p.mask) {
-    const T* keep = load(p.mask, p.layout, b * p.mask.batch, q, n, scratch);
-    for (int i = 0; i < padded(n); ++i) buffer[i] = keep[i] != T(0) ? buffer[i] : T(0);
-  }
-  return buffer;
-}
+// ---- region losses --------------------------------------------------------------------------------
 
-template <class T>
-double sum_lanes(const T* x) {
-  double half[lanes / 2];
-  for (int l = 0; l < lanes / 2; ++l)
-    half[l] = static_cast<double>(x[l]) + static_cast<double>(x[l + lanes / 2]);
-  for (int width = lanes / 4; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) half[l] += half[l + width];
-  return half[0];
-}
-
-// p = softmax over channels of a block, in place: x[c * stride + i].
-template <class T>
-void softmax(T* x, int64_t channels, int stride, int n) {
-  T top[block_pixels], sum[block_pixels];
-  for (int i = 0; i < n; ++i) top[i] = x[i], sum[i] = T(0);
-  for (int64_t c = 1; c < channels; ++c)
-    for (int i = 0; i < n; ++i) top[i] = max_(top[i], x[c * stride + i]);
-  for (int64_t c = 0; c < channels; ++c) {
-    T* row = x + c * stride;
-    for (int i = 0; i < n; ++i) {
-      row[i] = exp_(row[i] - top[i]);
-      sum[i] += row[i];
-    }
-  }
-  for (int i = 0; i < n; ++i) sum[i] = T(1) / sum[i];
-  for (int64_t c = 0; c < channels; ++c)
-    for (int i = 0; i < n; ++i) x[c * stride + i] *= sum[i];
-}
-
-template <class T>
-void load_channels(const Planes& p, int64_t b, int64_t q, int n, int stride, T* x) {
-  for (int64_t c = 0; c < p.layout.channels; ++c) {
-    T* row = x + c * stride;
-    const T* from = load(p.logits, p.layout, b * p.logits.batch + c * p.logits.channel, q, n, row);
-    if (from != row)
-      for (int i = 0; i < n; ++i) row[i] = from[i];
-  }
-}
-
-// ---- ratio losses ---------------------------------------------------------------------------------
-
-// h and r of a block's sigmoids (formulas/losses.h), in loops of their own: a CPU looks only some forty
-// operations ahead, and one loop with everything in it would wait for its own long chain (1.4 times slower).
-template <class T>
-void half_sigmoids(const T* z, int n, T* h, T* large) {
+// h and r of a block's sigmoids; see formulas/losses.h.
+void half_sigmoids(const float* z, int n, float* h, float* large) {
 #pragma GCC ivdep
   for (int i = 0; i < n; ++i) h[i] = half_exponential(z[i]);
 #pragma GCC ivdep
@@ -312,35 +207,51 @@ void half_sigmoids(const T* z, int n, T* h, T* large) {
 }
 
 // What a block's pixels are given as.
-enum class Given {
-  hard,          // logits and the sides of hard labels (hard_pixel)
-  soft,          // logits and targets
-  probabilities  // probabilities and targets
+enum Given : int {
+  hard,           // logits and the sides of hard labels (hard_pixel)
+  soft,           // logits and targets
+  probabilities,  // probabilities and targets
+  kept            // what the forward call left of hard pixels: the smaller of sqrt p and sqrt q, its sign
+                  // telling whether that is sqrt |p - g| (+) or the other one (-)
 };
 
-template <class T, Ratio ratio, Power power, bool squared>
+// Loops over a block, chosen once for a call: no loop branches.
+struct RegionLoops {
+  void (*sums[3][2])(const float* x, const float* g, const float* w, int n, float gamma, double* out,
+                     float* keep);
+  void (*slopes[4][2])(const float* x, const float* g, const float* w, int n, float gamma, float by_numerator,
+                       float by_denominator, float* out);
+};
+
+template <Ratio ratio, Power power, bool squared>
 struct Region {
+  // Adds N and D of a block to out.
   template <Given given, bool weighted>
-  static void sums(const T* x, const T* g, const T* w, int n, T gamma, double* out) {
-    T numerator[lanes] = {}, denominator[lanes] = {}, h[block_pixels], large[block_pixels];
-    if (given != Given::probabilities) half_sigmoids(x, n, h, large);
+  static void sums(const float* x, const float* g, const float* w, int n, float gamma, double* out,
+                   float* keep) {
+    float numerator[lanes] = {}, denominator[lanes] = {}, h[block_pixels], large[block_pixels];
+    if (given != probabilities) half_sigmoids(x, n, h, large);
+    if (given == hard && keep) {
+#pragma GCC ivdep
+      for (int i = 0; i < n; ++i) keep[i] = keep_pixel(x[i], g[i], h[i], large[i]);
+    }
     for (int i = 0; i < n; i += lanes) {
 #pragma GCC ivdep
       for (int l = 0; l < lanes; ++l) {
-        T nu, de;
-        if (given == Given::hard) {
-          const HardPixel<T> a = hard_pixel(x[i + l], g[i + l], h[i + l], large[i + l]);
+        float nu, de;
+        if (given == hard) {
+          const HardPixel<float> a = hard_pixel(x[i + l], g[i + l], h[i + l], large[i + l]);
           nu = ratio_numerator<ratio, power>(a.difference, a.p, a.g, gamma);
           de = ratio_denominator<squared>(a.p, a.g);
         } else {
-          const Probability<T> a =
-              given == Given::soft ? sigmoid(x[i + l], h[i + l], large[i + l]) : given_probability(x[i + l]);
+          const Probability<float> a =
+              given == soft ? sigmoid(x[i + l], h[i + l], large[i + l]) : given_probability(x[i + l]);
           nu = ratio_numerator<ratio, power>(difference<false>(a, g[i + l]), a.p, g[i + l], gamma);
           de = ratio_denominator<squared>(a.p, g[i + l]);
         }
         if (weighted) {
-          numerator[l] += w[i + l] != T(0) ? w[i + l] * nu : T(0);
-          denominator[l] += w[i + l] != T(0) ? w[i + l] * de : T(0);
+          numerator[l] += w[i + l] != 0.f ? w[i + l] * nu : 0.f;
+          denominator[l] += w[i + l] != 0.f ? w[i + l] * de : 0.f;
         } else {
           numerator[l] += nu;
           denominator[l] += de;
@@ -351,533 +262,750 @@ struct Region {
     out[1] += sum_lanes(denominator);
   }
 
-  // dL/dp, times dp/dz if logits are given
+  // dL/dp, times dp/dz unless probabilities are given. x may be out.
   template <Given given, bool weighted>
-  static void slopes(const T* x, const T* g, const T* w, int n, T gamma, T by_numerator, T by_denominator,
-                     T* out) {
-    T h[block_pixels], large[block_pixels];
-    if (given != Given::probabilities) half_sigmoids(x, n, h, large);
+  static void slopes(const float* x, const float* g, const float* w, int n, float gamma, float by_numerator,
+                     float by_denominator, float* out) {
+    float h[block_pixels], large[block_pixels];
+    if (given == hard || given == soft) half_sigmoids(x, n, h, large);
+    if (given == kept) {
+#pragma GCC ivdep
+      for (int i = 0; i < n; ++i) large[i] = sqrt_(1.f - x[i] * x[i]);
+    }
 #pragma GCC ivdep
     for (int i = 0; i < n; ++i) {
-      T d;
-      if (given == Given::hard) {
-        const HardPixel<T> a = hard_pixel(x[i], g[i], h[i], large[i]);
+      float d;
+      if (given == hard || given == kept) {
+        const HardPixel<float> a =
+            given == hard ? hard_pixel(x[i], g[i], h[i], large[i]) : kept_pixel(x[i], g[i], large[i]);
         d = by_numerator * ratio_numerator_slope<ratio, power>(a.difference, a.g, gamma) +
             by_denominator * ratio_denominator_slope<squared>(a.p);
         d *= a.edge * a.edge;
       } else {
-        const Probability<T> a =
-            given == Given::soft ? sigmoid(x[i], h[i], large[i]) : given_probability(x[i]);
+        const Probability<float> a =
+            given == soft ? sigmoid(x[i], h[i], large[i]) : given_probability(x[i]);
         d = by_numerator * ratio_numerator_slope<ratio, power>(difference<false>(a, g[i]), g[i], gamma) +
             by_denominator * ratio_denominator_slope<squared>(a.p);
-        if (given == Given::soft) d *= a.p * a.q;
+        if (given == soft) d *= a.p * a.q;
       }
-      if (weighted) d = w[i] != T(0) ? d * w[i] : T(0);
+      if (weighted) d = w[i] != 0.f ? d * w[i] : 0.f;
       out[i] = d;
     }
   }
 
-  static bool forward_chunk(const Planes& p, const RegionOptions& o, int64_t b, int64_t chunk,
-                            double* partial) {
-    const int64_t channels = p.layout.channels, first = channels > 1 && !o.include_background;
-    const int64_t end =
-        (chunk + 1) * chunk_pixels < p.layout.pixels() ? (chunk + 1) * chunk_pixels : p.layout.pixels();
-    const bool soft = o.activation == Activation::softmax;
-    const int block = soft ? block_of(channels) : block_pixels;
-    const T gamma = static_cast<T>(o.gamma);
-    alignas(64) T x[buffer_values], zs[block_pixels], gs[block_pixels], ws[block_pixels];
-    Target<T> target(p, b);
-    bool good = true;
-    for (int64_t c = 0; c < 2 * channels; ++c) partial[c] = 0;
-    for (int64_t q = chunk * chunk_pixels; q < end; q += block) {
-      const int n = end - q < block ? static_cast<int>(end - q) : block;
-      const int np = padded(n);
-      const T* w = load_weight(p, b, q, n, ws, zs);
-      good &= target.begin(q, n, w);
-      if (soft) {
-        load_channels(p, b, q, n, block, x);
-        if (channels == 2) {  // one sigmoid of the difference, exact at both ends
-          for (int i = 0; i < np; ++i) x[i] = x[block + i] - x[i], x[block + i] = x[i];
-          for (int i = 0; i < np; ++i) x[i] = -x[i];
-        } else {
-          softmax(x, channels, block, np);
-        }
-      }
-      for (int64_t c = first; c < channels; ++c) {
-        const T* z = soft ? x + c * block
-                          : load(p.logits, p.layout, b * p.logits.batch + c * p.logits.channel, q, n, zs);
-        const Given given = soft && channels > 2 ? Given::probabilities
-                            : p.labels           ? Given::hard
-                                                 : Given::soft;
-        const T* g = given == Given::hard ? target.sides(c, gs) : target.channel(c, gs);
-        const auto run = given == Given::hard ? (w ? sums<Given::hard, true> : sums<Given::hard, false>)
-                         : given == Given::soft
-                             ? (w ? sums<Given::soft, true> : sums<Given::soft, false>)
-                             : (w ? sums<Given::probabilities, true> : sums<Given::probabilities, false>);
-        run(z, g, w, np, gamma, partial + 2 * c);
-      }
-    }
-    return good;
-  }
-
-  // coefficients: (C, 2), the loss's derivatives with respect to the two sums of each class
-  static void backward_chunk(const Planes& p, const RegionOptions& o, int64_t b, int64_t chunk,
-                             const double* coefficients) {
-    const int64_t channels = p.layout.channels, first = channels > 1 && !o.include_background;
-    const int64_t end =
-        (chunk + 1) * chunk_pixels < p.layout.pixels() ? (chunk + 1) * chunk_pixels : p.layout.pixels();
-    const bool soft = o.activation == Activation::softmax;
-    const int block = soft ? block_of(channels) : block_pixels;
-    const T gamma = static_cast<T>(o.gamma);
-    alignas(64) T x[buffer_values], d[buffer_values], zs[block_pixels], gs[block_pixels], ws[block_pixels];
-    Target<T> target(p, b);
-    for (int64_t q = chunk * chunk_pixels; q < end; q += block) {
-      const int n = end - q < block ? static_cast<int>(end - q) : block;
-      const int np = padded(n);
-      const T* w = load_weight(p, b, q, n, ws, zs);
-      target.begin(q, n, w);
-      const auto slope = [&](int64_t c, bool logits, const T* z, T* out) {
-        if (c < first) {
-          for (int i = 0; i < np; ++i) out[i] = T(0);
-          return;
-        }
-        const Given given = !logits ? Given::probabilities : p.labels ? Given::hard : Given::soft;
-        const T* g = given == Given::hard ? target.sides(c, gs) : target.channel(c, gs);
-        const T bn = static_cast<T>(coefficients[2 * c]), bd = static_cast<T>(coefficients[2 * c + 1]);
-        const auto run = given == Given::hard ? (w ? slopes<Given::hard, true> : slopes<Given::hard, false>)
-                         : given == Given::soft
-                             ? (w ? slopes<Given::soft, true> : slopes<Given::soft, false>)
-                             : (w ? slopes<Given::probabilities, true> : slopes<Given::probabilities, false>);
-        run(z, g, w, np, gamma, bn, bd, out);
-      };
-      if (soft) {
-        load_channels(p, b, q, n, block, x);
-        if (channels == 2) {  // p1 = sigmoid(z1 - z0), p0 = 1 - p1: each class's slope counts for both logits
-          for (int i = 0; i < np; ++i) x[i] = x[block + i] - x[i], x[block + i] = x[i];
-          for (int i = 0; i < np; ++i) x[i] = -x[i];
-          slope(0, true, x, d);
-          slope(1, true, x + block, d + block);
-          for (int i = 0; i < np; ++i) d[block + i] -= d[i];
-          for (int i = 0; i < np; ++i) d[i] = -d[block + i];
-        } else {
-          softmax(x, channels, block, np);
-          T mean[block_pixels] = {};
-          for (int64_t c = 0; c < channels; ++c) {
-            slope(c, false, x + c * block, d + c * block);
-            for (int i = 0; i < np; ++i) mean[i] += x[c * block + i] * d[c * block + i];
-          }
-          for (int64_t c = 0; c < channels; ++c)
-            for (int i = 0; i < np; ++i) d[c * block + i] = x[c * block + i] * (d[c * block + i] - mean[i]);
-          if (w)  // a masked pixel stays out even if its logits are NaN
-            for (int64_t c = 0; c < channels; ++c)
-              for (int i = 0; i < np; ++i) d[c * block + i] = w[i] != T(0) ? d[c * block + i] : T(0);
-        }
-      }
-      for (int64_t c = 0; c < channels; ++c) {
-        const int64_t base = b * p.other.batch + c * p.other.channel;
-        if (soft) {
-          store(p.other, p.layout, base, q, n, d + c * block);
-          continue;
-        }
-        T* out = destination(p.other, p.layout, base, q, n, d);
-        slope(c, true, load(p.logits, p.layout, b * p.logits.batch + c * p.logits.channel, q, n, zs), out);
-        if (out == d) store(p.other, p.layout, base, q, n, d);
-      }
-    }
+  static RegionLoops loops() {
+    return {{{sums<hard, false>, sums<hard, true>},
+             {sums<soft, false>, sums<soft, true>},
+             {sums<probabilities, false>, sums<probabilities, true>}},
+            {{slopes<hard, false>, slopes<hard, true>},
+             {slopes<soft, false>, slopes<soft, true>},
+             {slopes<probabilities, false>, slopes<probabilities, true>},
+             {slopes<kept, false>, slopes<kept, true>}}};
   }
 };
 
-// Calls f with the Region that the options ask for.
-template <class T, class F>
-void with_region(const RegionOptions& o, const F& f) {
-  if (o.kind == RegionLoss::dice)
-    return o.squared ? f(Region<T, Ratio::dice, Power::one, true>{})
-                     : f(Region<T, Ratio::dice, Power::one, false>{});
-  if (o.gamma == 1.5)
-    return o.squared ? f(Region<T, Ratio::nr_dice, Power::three_halves, true>{})
-                     : f(Region<T, Ratio::nr_dice, Power::three_halves, false>{});
-  if (o.gamma == 1)
-    return o.squared ? f(Region<T, Ratio::nr_dice, Power::one, true>{})
-                     : f(Region<T, Ratio::nr_dice, Power::one, false>{});
-  if (o.gamma == 2)
-    return o.squared ? f(Region<T, Ratio::nr_dice, Power::two, true>{})
-                     : f(Region<T, Ratio::nr_dice, Power::two, false>{});
-  return o.squared ? f(Region<T, Ratio::nr_dice, Power::any, true>{})
-                   : f(Region<T, Ratio::nr_dice, Power::any, false>{});
+RegionLoops region_loops(const LossOptions& o) {
+  const RegionFormula f = region_formula(o);
+  if (f.ratio == Ratio::dice)
+    return f.squared ? Region<Ratio::dice, Power::one, true>::loops()
+                     : Region<Ratio::dice, Power::one, false>::loops();
+  switch (f.power) {
+    case Power::one:
+      return f.squared ? Region<Ratio::nr_dice, Power::one, true>::loops()
+                       : Region<Ratio::nr_dice, Power::one, false>::loops();
+    case Power::two:
+      return f.squared ? Region<Ratio::nr_dice, Power::two, true>::loops()
+                       : Region<Ratio::nr_dice, Power::two, false>::loops();
+    case Power::three_halves:
+      return f.squared ? Region<Ratio::nr_dice, Power::three_halves, true>::loops()
+                       : Region<Ratio::nr_dice, Power::three_halves, false>::loops();
+    default:
+      return f.squared ? Region<Ratio::nr_dice, Power::any, true>::loops()
+                       : Region<Ratio::nr_dice, Power::any, false>::loops();
+  }
 }
 
-double scalar(const Array& a, int64_t i = 0) {
-  const int64_t at = i * (a.rank ? a.strides[a.rank - 1] : 0);
-  return a.dtype == DType::f64 ? static_cast<const double*>(a.data)[at]
-                               : static_cast<const float*>(a.data)[at];
-}
-void set_scalar(const Array& a, int64_t i, double x) {
-  if (a.dtype == DType::f64)
-    static_cast<double*>(a.data)[i] = x;
-  else
-    static_cast<float*>(a.data)[i] = static_cast<float>(x);
-}
-// Value (b, c) of a loss that has one for each image (if per_image) and class.
-double entry(const Array& a, bool per_image, int64_t b, int64_t c) {
-  const int64_t at = per_image ? b * a.strides[0] + c * a.strides[1] : c * a.strides[0];
-  return a.dtype == DType::f64 ? static_cast<const double*>(a.data)[at]
-                               : static_cast<const float*>(a.data)[at];
-}
+// ---- pixel losses ---------------------------------------------------------------------------------
 
-// Adds the chunks' partial sums in their order: sums (items, values).
-void add_chunks(const double* partial, int64_t items, int64_t chunks, int64_t values, double* sums) {
-  for (int64_t b = 0; b < items; ++b)
-    for (int64_t v = 0; v < values; ++v) {
-      double total = 0;
-      for (int64_t k = 0; k < chunks; ++k) total += partial[(b * chunks + k) * values + v];
-      sums[b * values + v] = total;
+// What a loop is to give.
+enum Wanted : int { value, slope, both };
+
+struct PixelLoops {
+  // Hard labels, by their sides. slope: by z.
+  void (*hard[3])(const float* z, const float* side, int n, float parameter, float* loss, float* slope);
+  // Soft labels. slope: by z.
+  void (*soft[3])(const float* z, const float* g, int n, float parameter, float* loss, float* slope);
+  // Softmax, hard labels: 1 - p, p and -ln p of the label's class.
+  void (*one_of)(const float* s, const float* t, const float* nll, int n, float parameter,
+                 float inverse_classes, float* loss, float* slope);
+  // Softmax, soft labels: adds share * loss to loss; slope = share * u.
+  void (*term)(const float* p, const float* nll, const float* g, int n, float parameter,
+               float inverse_classes, float share, float* loss, float* slope);
+};
+
+template <PixelLoss kind, Power power>
+struct Pixel {
+  static constexpr bool powers = kind == PixelLoss::focal || kind == PixelLoss::gce;
+  static constexpr bool logs = powers || kind == PixelLoss::ce || kind == PixelLoss::kl;
+
+  template <Wanted wanted>
+  static void hard(const float* __restrict z, const float* __restrict side, int n, float parameter,
+                   float* __restrict loss, float* __restrict slope) {
+    float e[block_pixels], inverse[block_pixels], log_sum[block_pixels];
+    constexpr bool needs_log = powers || (logs && wanted != Wanted::slope);
+    for (int i = 0; i < n; ++i) e[i] = exp_(-abs_(z[i]));
+    for (int i = 0; i < n; ++i) inverse[i] = 1.f / (1.f + e[i]);
+    if (needs_log)
+      for (int i = 0; i < n; ++i) log_sum[i] = log1p_(e[i], inverse[i]);
+    for (int i = 0; i < n; ++i) {
+      const LossSlope<float> r =
+          binary_hard<kind>(binary_pixel(z[i], side[i], e[i], inverse[i], needs_log ? log_sum[i] : 0.f),
+                            parameter, power);
+      if (wanted != Wanted::slope) loss[i] = r.loss;
+      if (wanted != Wanted::value) slope[i] = side[i] * r.slope;
     }
-}
-
-// ---- cross-entropy --------------------------------------------------------------------------------
-
-template <class T>
-struct CrossEntropy {
-  const Planes& p;
-  const PixelOptions& o;
-  const Array& class_weight;
-
-  T class_weight_of(int64_t c) const { return class_weight ? static_cast<T>(scalar(class_weight, c)) : T(1); }
-
-  // The loss of each pixel of a block, unweighted, and what it counts in the mean.
-  void block_loss(Target<T>& target, int64_t b, int64_t q, int n, int block, T* x, T* loss, T* count) const {
-    const int64_t channels = p.layout.channels;
-    const int np = padded(n);
-    T buffer[block_pixels];
-    for (int i = 0; i < np; ++i) loss[i] = T(0), count[i] = T(1);
-    if (o.activation == Activation::sigmoid) {
-      const T share = T(1) / static_cast<T>(channels);
-      for (int64_t c = 0; c < channels; ++c) {
-        const T* z = load(p.logits, p.layout, b * p.logits.batch + c * p.logits.channel, q, n, x);
-        const T* g = target.channel(c, buffer);
-        const T k = class_weight_of(c) * share;
-        T e[block_pixels];
-        for (int i = 0; i < np; ++i) e[i] = exp_(-abs_(z[i]));
-        for (int i = 0; i < np; ++i) loss[i] += k * binary_cross_entropy(z[i], g[i], e[i]);
-      }
-      return;
-    }
-    load_channels(p, b, q, n, block, x);
-    if (p.labels && channels == 2) {
-      const T* g = target.channel(1, buffer);
-      const T w0 = class_weight_of(0), w1 = class_weight_of(1);
-      for (int i = 0; i < np; ++i) x[i] = x[block + i] - x[i];
-      for (int i = 0; i < np; ++i) x[block + i] = exp_(-abs_(x[i]));
-      for (int i = 0; i < np; ++i) {
-        count[i] = g[i] != T(0) ? w1 : w0;
-        loss[i] = binary_cross_entropy(x[i], g[i], x[block + i]) * count[i];
-      }
-      if (target.stray()) {
-        for (int i = 0; i < np; ++i) count[i] = T(0);
-        for (int64_t c = 0; c < 2; ++c) {
-          target.channel(c, buffer);
-          for (int i = 0; i < np; ++i) count[i] += class_weight_of(c) * buffer[i];
-        }
-      }
-      return;
-    }
-    T top[block_pixels], sum[block_pixels], mass[block_pixels];
-    for (int i = 0; i < np; ++i) top[i] = x[i], sum[i] = T(0), mass[i] = T(0);
-    for (int64_t c = 1; c < channels; ++c)
-      for (int i = 0; i < np; ++i) top[i] = max_(top[i], x[c * block + i]);
-    for (int64_t c = 0; c < channels; ++c) {
-      const T* row = x + c * block;
-      const T* g = target.channel(c, buffer);
-      const T k = class_weight_of(c);
-      for (int i = 0; i < np; ++i) {
-        const T centred = row[i] - top[i], share = k * g[i];
-        sum[i] += exp_(centred);
-        loss[i] -= share != T(0) ? share * centred : T(0);
-        mass[i] += share;
-      }
-    }
-    for (int i = 0; i < np; ++i) loss[i] += mass[i] * log_(sum[i]);
-    if (p.labels)
-      for (int i = 0; i < np; ++i) count[i] = mass[i];
   }
 
-  bool forward_chunk(int64_t b, int64_t chunk, bool map, double* partial) const {
-    const int64_t end =
-        (chunk + 1) * chunk_pixels < p.layout.pixels() ? (chunk + 1) * chunk_pixels : p.layout.pixels();
-    const int block = block_of(p.layout.channels);
-    alignas(64) T x[buffer_values];
-    T loss[block_pixels], count[block_pixels], ws[block_pixels], scratch[block_pixels];
-    Target<T> target(p, b);
+  template <Wanted wanted>
+  static void soft(const float* __restrict z, const float* __restrict g, int n, float parameter,
+                   float* __restrict loss, float* __restrict slope) {
+    float e[block_pixels], inverse[block_pixels], log_sum[block_pixels];
+    constexpr bool needs_log = powers || (logs && wanted != Wanted::slope);
+    for (int i = 0; i < n; ++i) e[i] = exp_(-abs_(z[i]));
+    for (int i = 0; i < n; ++i) inverse[i] = 1.f / (1.f + e[i]);
+    if (needs_log)
+      for (int i = 0; i < n; ++i) log_sum[i] = log1p_(e[i], inverse[i]);
+    for (int i = 0; i < n; ++i) {  // of class 1: s = q, t = p
+      const BinaryPixel<float> a = binary_pixel(z[i], -1.f, e[i], inverse[i], needs_log ? log_sum[i] : 0.f);
+      const LossSlope<float> r =
+          binary_soft<kind>(a.t, a.s, a.nll_t, a.nll_s, g[i], parameter, power);
+      if (wanted != Wanted::slope) loss[i] = r.loss;
+      if (wanted != Wanted::value) slope[i] = r.slope;
+    }
+  }
+
+  static void of_label(const float* __restrict s, const float* __restrict t, const float* __restrict nll,
+                       int n, float parameter, float inverse_classes, float* __restrict loss,
+                       float* __restrict slope) {
+    for (int i = 0; i < n; ++i) {
+      const LossSlope<float> r =
+          one_of<kind>(s[i], t[i], nll[i], parameter, power, inverse_classes);
+      loss[i] = r.loss;
+      slope[i] = r.slope;
+    }
+  }
+
+  static void of_class(const float* __restrict p, const float* __restrict nll, const float* __restrict g,
+                       int n, float parameter, float inverse_classes, float share, float* __restrict loss,
+                       float* __restrict slope) {
+    for (int i = 0; i < n; ++i) {
+      const LossSlope<float> r =
+          formulas::term<kind>(p[i], nll[i], g[i], parameter, power, inverse_classes);
+      loss[i] += share * r.loss;
+      slope[i] = share * r.slope;
+    }
+  }
+
+  static PixelLoops loops() {
+    return {{hard<Wanted::value>, hard<Wanted::slope>, hard<Wanted::both>},
+            {soft<Wanted::value>, soft<Wanted::slope>, soft<Wanted::both>},
+            of_label,
+            of_class};
+  }
+};
+
+PixelLoops pixel_loops(const LossOptions& o) {
+  const Power power = pixel_power(o.pixel, o.parameter);
+  if (o.pixel == PixelLoss::focal) {
+    if (power == Power::one) return Pixel<PixelLoss::focal, Power::one>::loops();
+    if (power == Power::two) return Pixel<PixelLoss::focal, Power::two>::loops();
+  }
+#define CASE(kind) return Pixel<kind, Power::any>::loops();
+  NOISYSEG_PIXEL_KINDS(o.pixel, CASE)
+#undef CASE
+  return {};
+}
+
+// ---- one call -------------------------------------------------------------------------------------
+
+struct Loss {
+  const Planes& p;
+  const LossOptions& o;
+  RegionLoops region;
+  PixelLoops pixel;
+  float class_weights[max_channels];
+  bool has_class_weight;
+  int64_t channels, first, chunks;
+  int block;
+  bool binary;   // softmax over two classes with hard labels: one sigmoid of the difference
+  bool general;  // softmax otherwise
+
+  Loss(const Planes& planes, const LossOptions& options, const Array& class_weight)
+      : p(planes), o(options), has_class_weight(static_cast<bool>(class_weight)) {
+    channels = p.layout.channels, first = first_class(o, channels), chunks = chunks_of(p.layout);
+    const bool hard = p.labels && o.label_smoothing == 0, softmax = o.activation == Activation::softmax;
+    binary = softmax && channels == 2 && hard && o.pixel != PixelLoss::boundary;
+    general = softmax && !binary;
+    block = softmax ? block_of(channels) : block_pixels;
+    if (o.region != RegionLoss::none) region = region_loops(o);
+    if (o.pixel != PixelLoss::none) pixel = pixel_loops(o);
+    for (int64_t c = 0; c < channels; ++c)
+      class_weights[c] = class_weight ? static_cast<float>(scalar(class_weight, c)) : 1.f;
+  }
+
+  bool has_region() const { return o.region != RegionLoss::none; }
+  bool has_pixel() const { return o.pixel != PixelLoss::none; }
+  bool hard() const { return p.labels && o.label_smoothing == 0 && o.pixel != PixelLoss::boundary; }
+  // Softmax where the label's own probability is all that the pixel loss needs.
+  bool one_of() const { return hard() && o.pixel != PixelLoss::mse; }
+
+  int64_t end_of(int64_t chunk) const {
+    const int64_t end = (chunk + 1) * chunk_pixels;
+    return end < p.layout.pixels() ? end : p.layout.pixels();
+  }
+  const float* logits(int64_t b, int64_t c, int64_t q, int n, float* buffer) const {
+    return load(p.logits, p.layout, b * p.logits.batch + c * p.logits.channel, q, n, buffer);
+  }
+  int64_t other(int64_t b, int64_t c) const { return b * p.other.batch + c * p.other.channel; }
+  // A block's loss of class c of a sigmoid counts so much.
+  float share(int64_t c) const { return class_weights[c] / static_cast<float>(channels); }
+
+  double count_chunk(int64_t b, int64_t chunk, bool by_class) const {
+    Block pixels(p, o, b);
+    alignas(64) float count[block_pixels];
+    double total = 0;
+    for (int64_t q = chunk * chunk_pixels, end = end_of(chunk); q < end; q += block_pixels) {
+      pixels.begin(q, end - q < block_pixels ? static_cast<int>(end - q) : block_pixels);
+      pixels.count(by_class ? class_weights : nullptr, count);
+      float sums[lanes] = {};
+      for (int i = 0; i < pixels.np; i += lanes)
+        for (int l = 0; l < lanes; ++l) sums[l] += count[i + l];
+      total += sum_lanes(sums);
+    }
+    return total;
+  }
+
+  // What softmax leaves of a block: e^(z - top) of each class, and of each pixel top, 1 / sum and, with hard
+  // labels, what `one_of` takes.
+  struct Softmax {
+    alignas(64) float e[buffer_values];
+    float top[block_pixels], sum[block_pixels], inverse[block_pixels];
+    float s[block_pixels], t[block_pixels], nll[block_pixels];
+  };
+
+  void softmax(const Block& pixels, int64_t b, int64_t q, Softmax& x) const {
+    const int n = pixels.n, np = pixels.np;
+    const bool own = has_pixel() && one_of();
+    alignas(64) float buffer[block_pixels], mine[block_pixels], others[block_pixels];
+    const float* __restrict label = pixels.label();
+    for (int64_t c = 0; c < channels; ++c) {
+      const float* z = logits(b, c, q, n, buffer);
+      float* __restrict top = x.top;
+      if (c == 0)
+        for (int i = 0; i < np; ++i) top[i] = z[i];
+      else
+        for (int i = 0; i < np; ++i) top[i] = max_(top[i], z[i]);
+    }
+    for (int i = 0; i < np; ++i) mine[i] = 0.f, others[i] = 0.f;
+    for (int64_t c = 0; c < channels; ++c) {
+      const float* z = logits(b, c, q, n, buffer);
+      const float* __restrict top = x.top;
+      float* __restrict e = x.e + c * block;
+      const float wanted = static_cast<float>(c);
+      for (int i = 0; i < np; ++i) e[i] = exp_(z[i] - top[i]);
+      if (own)
+        for (int i = 0; i < np; ++i) {
+          const bool is = label[i] == wanted;
+          mine[i] = is ? z[i] - top[i] : mine[i];
+          others[i] += is ? 0.f : e[i];
+        }
+      else
+        for (int i = 0; i < np; ++i) others[i] += e[i];
+    }
+    if (!own) {
+      for (int i = 0; i < np; ++i) x.sum[i] = others[i], x.inverse[i] = 1.f / others[i];
+      return;
+    }
+    for (int i = 0; i < np; ++i) x.t[i] = exp_(mine[i]);
+    for (int i = 0; i < np; ++i) {
+      x.sum[i] = x.t[i] + others[i];
+      x.inverse[i] = 1.f / x.sum[i];
+      x.t[i] *= x.inverse[i];
+      x.s[i] = others[i] * x.inverse[i];
+    }
+    // The label's class on top: sum = 1 + others. Otherwise p < 1/2, and sum - 1 is good enough.
+    for (int i = 0; i < np; ++i)
+      x.nll[i] = log1p_(mine[i] == 0.f ? others[i] : x.sum[i] - 1.f, x.inverse[i]) - mine[i];
+  }
+
+  void normalise(Softmax& x, int np) const {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int i = 0; i < np; ++i) x.e[c * block + i] *= x.inverse[i];
+  }
+  // Whether x.e must hold probabilities: for all but a pixel loss of the label's own probability.
+  bool needs_probabilities() const { return has_region() || !one_of(); }
+
+  // The difference of two logits, and the sides of its labels.
+  void difference_of_two(const Block& pixels, int64_t b, int64_t q, float* z, float* side) const {
+    alignas(64) float one[block_pixels], other[block_pixels];
+    const float* z0 = logits(b, 0, q, pixels.n, one);
+    const float* z1 = logits(b, 1, q, pixels.n, other);
+    for (int i = 0; i < pixels.np; ++i) z[i] = z1[i] - z0[i];
+    pixels.sides(1, side);
+  }
+
+  // x[i] *= the class weight of pixel i's label
+  void times_class_weight(const Block& pixels, float* x) const {
+    if (!has_class_weight) return;
+    const float* label = pixels.label();
+    for (int i = 0; i < pixels.np; ++i) x[i] *= class_weights[label[i] > 0.f ? static_cast<int>(label[i]) : 0];
+  }
+
+  void pixel_terms(const Block& pixels, int64_t b, int64_t c, int64_t q, const Softmax& x, float* loss,
+                   float* u) const {
+    alignas(64) float zs[block_pixels], gs[block_pixels], nll[block_pixels];
+    const float* z = logits(b, c, q, pixels.n, zs);
+    for (int i = 0; i < pixels.np; ++i) nll[i] = log_(x.sum[i]) - (z[i] - x.top[i]);
+    pixel.term(x.e + c * block, nll, pixels.target(c, gs), pixels.np, static_cast<float>(o.parameter),
+               1.f / static_cast<float>(channels), class_weights[c], loss, u);
+  }
+
+  // How a forward call may leave something in the gradient's memory.
+  enum class Keep { nothing, gradient, pixels };
+
+  // partial: (C + 1, 3). factor: of Keep::gradient, with which the pixel loss's sum enters the loss.
+  bool forward_chunk(int64_t b, int64_t chunk, Keep keep, double factor, double* partial) const {
+    Softmax x;
+    alignas(64) float z[block_pixels], g[block_pixels], buffer[block_pixels], kept[block_pixels];
+    alignas(64) float loss[block_pixels], part[block_pixels], slope[block_pixels], k[block_pixels];
+    const float parameter = static_cast<float>(o.parameter), gamma = static_cast<float>(o.gamma);
+    const bool slopes = keep == Keep::gradient;
+    Block pixels(p, o, b);
     bool good = true;
-    partial[0] = partial[1] = 0;
-    for (int64_t q = chunk * chunk_pixels; q < end; q += block) {
-      const int n = end - q < block ? static_cast<int>(end - q) : block;
-      const int np = padded(n);
-      const T* w = load_weight(p, b, q, n, ws, scratch);
-      good &= target.begin(q, n, w);
-      block_loss(target, b, q, n, block, x, loss, count);
-      if (w)
-        for (int i = 0; i < np; ++i) loss[i] = w[i] != T(0) ? w[i] * loss[i] : T(0);
-      // "mean" counts the pixels that are in, whatever their weight
-      for (int i = n; i < np; ++i) count[i] = T(0);
-      if (p.mask) {
-        const T* keep = load(p.mask, p.layout, b * p.mask.batch, q, n, scratch);
-        for (int i = 0; i < np; ++i) count[i] = keep[i] != T(0) ? count[i] : T(0);
+    for (int64_t v = 0; v < sums_per_chunk * (channels + 1); ++v) partial[v] = 0;
+    for (int64_t q = chunk * chunk_pixels, end = end_of(chunk); q < end; q += block) {
+      pixels.begin(q, end - q < block ? static_cast<int>(end - q) : block);
+      good &= pixels.good;
+      const int n = pixels.n, np = pixels.np;
+      const float* w = pixels.w;
+      const bool weighted = w != nullptr;
+      if (slopes)
+        for (int i = 0; i < np; ++i) k[i] = static_cast<float>(factor) * (weighted ? w[i] : 1.f);
+      if (has_pixel())
+        for (int i = 0; i < np; ++i) loss[i] = 0.f;
+
+      if (binary) {
+        difference_of_two(pixels, b, q, z, g);
+        if (has_region()) {
+          region.sums[Given::hard][weighted](z, g, w, np, gamma, partial + sums_per_chunk,
+                                             keep == Keep::pixels ? kept : nullptr);
+          if (keep == Keep::pixels) store(p.other, p.layout, other(b, 1), q, n, kept);
+          if (first == 0) {
+            for (int i = 0; i < np; ++i) buffer[i] = -z[i], part[i] = -g[i];
+            region.sums[Given::hard][weighted](buffer, part, w, np, gamma, partial, nullptr);
+          }
+        }
+        if (has_pixel()) {
+          pixel.hard[slopes ? Wanted::both : Wanted::value](z, g, np, parameter, loss, slope);
+          times_class_weight(pixels, loss);
+          if (slopes) {
+            times_class_weight(pixels, k);
+            put_binary(pixels, b, q, slope, k);
+          }
+        }
+      } else if (general) {
+        softmax(pixels, b, q, x);
+        if (needs_probabilities()) normalise(x, np);
+        for (int64_t c = first; has_region() && c < channels; ++c) {
+          region.sums[Given::probabilities][weighted](x.e + c * block, pixels.target(c, g), w, np, gamma,
+                                                      partial + sums_per_chunk * c, nullptr);
+        }
+        if (keep == Keep::pixels)
+          for (int64_t c = 0; c < channels; ++c) store(p.other, p.layout, other(b, c), q, n, x.e + c * block);
+        if (has_pixel() && one_of()) {
+          pixel.one_of(x.s, x.t, x.nll, np, parameter, 1.f / static_cast<float>(channels), loss, slope);
+          times_class_weight(pixels, loss);
+        } else if (has_pixel()) {
+          for (int64_t c = 0; c < channels; ++c) pixel_terms(pixels, b, c, q, x, loss, slope);
+        }
+        if (slopes) general_gradient(pixels, b, q, x, k, nullptr);
+      } else {
+        for (int64_t c = 0; c < channels; ++c) {
+          const float* from = logits(b, c, q, n, z);
+          const float* to = hard() ? pixels.sides(c, g) : pixels.target(c, g);
+          if (has_region() && c >= first) {
+            float* out = keep == Keep::pixels ? destination(p.other, p.layout, other(b, c), q, n, kept) : nullptr;
+            region.sums[hard() ? Given::hard : Given::soft][weighted](from, to, w, np, gamma,
+                                                                      partial + sums_per_chunk * c, out);
+            if (out == kept) store(p.other, p.layout, other(b, c), q, n, kept);
+          }
+          if (!has_pixel()) continue;
+          const auto run = (hard() ? pixel.hard : pixel.soft)[slopes ? Wanted::both : Wanted::value];
+          run(from, to, np, parameter, part, slope);
+          for (int i = 0; i < np; ++i) loss[i] += share(c) * part[i];
+          if (slopes) put_sigmoid(pixels, b, c, q, slope, k);
+        }
       }
-      T total[lanes] = {}, counted[lanes] = {};
+
+      if (o.region == RegionLoss::generalized_dice)
+        for (int64_t c = first; c < channels; ++c) {
+          const float* to = pixels.target(c, g);
+          float volume[lanes] = {};
+          for (int i = 0; i < np; i += lanes)
+            for (int l = 0; l < lanes; ++l) volume[l] += weighted ? (w[i + l] != 0.f ? w[i + l] * to[i + l] : 0.f) : to[i + l];
+          partial[sums_per_chunk * c + 2] += sum_lanes(volume);
+        }
+      if (!has_pixel()) continue;
+      if (weighted)
+        for (int i = 0; i < np; ++i) loss[i] = w[i] != 0.f ? w[i] * loss[i] : 0.f;
+      float total[lanes] = {};
       for (int i = 0; i < np; i += lanes) {
 #pragma GCC ivdep
-        for (int l = 0; l < lanes; ++l) total[l] += loss[i + l], counted[l] += count[i + l];
+        for (int l = 0; l < lanes; ++l) total[l] += loss[i + l];
       }
-      partial[0] += sum_lanes(total);
-      partial[1] += sum_lanes(counted);
-      if (map) store(p.other, p.layout, b * p.other.batch, q, n, loss);
+      partial[sums_per_chunk * channels] += sum_lanes(total);
+      if (p.map) {
+        if (o.pixel_scale != 1)
+          for (int i = 0; i < np; ++i) loss[i] *= static_cast<float>(o.pixel_scale);
+        store(p.map, p.layout, b * p.map.batch, q, n, loss);
+      }
     }
     return good;
   }
 
-  // scale: dL/d(sum of the weighted loss map), unless p.map holds dL/d(loss map)
-  void backward_chunk(int64_t b, int64_t chunk, T scale) const {
-    const int64_t channels = p.layout.channels;
-    const int64_t end =
-        (chunk + 1) * chunk_pixels < p.layout.pixels() ? (chunk + 1) * chunk_pixels : p.layout.pixels();
-    const int block = block_of(channels);
-    alignas(64) T x[buffer_values], d[block_pixels];
-    T k[block_pixels], ws[block_pixels], scratch[block_pixels], mass[block_pixels];
-    T h[block_pixels], large[block_pixels];
-    Target<T> target(p, b);
-    for (int64_t q = chunk * chunk_pixels; q < end; q += block) {
-      const int n = end - q < block ? static_cast<int>(end - q) : block;
-      const int np = padded(n);
-      for (int i = 0; i < np; ++i) k[i] = scale;
-      if (p.map) {
-        const T* given = load(p.map, p.layout, b * p.map.batch, q, n, scratch);
-        for (int i = 0; i < np; ++i) k[i] = given[i];
+  // A masked pixel stays out even if its logits are NaN.
+  void put(const Block& pixels, int64_t b, int64_t c, int64_t q, float* values) const {
+    if (const float* w = pixels.w)
+      for (int i = 0; i < pixels.np; ++i) values[i] = w[i] != 0.f ? values[i] : 0.f;
+    store(p.other, p.layout, other(b, c), q, pixels.n, values);
+  }
+  void put_binary(const Block& pixels, int64_t b, int64_t q, float* slope, const float* k) const {
+    if (k)
+      for (int i = 0; i < pixels.np; ++i) slope[i] *= k[i];
+    put(pixels, b, 1, q, slope);
+    for (int i = 0; i < pixels.np; ++i) slope[i] = -slope[i];
+    store(p.other, p.layout, other(b, 0), q, pixels.n, slope);
+  }
+  void put_sigmoid(const Block& pixels, int64_t b, int64_t c, int64_t q, const float* slope,
+                   const float* k) const {
+    alignas(64) float buffer[block_pixels];
+    float* out = destination(p.other, p.layout, other(b, c), q, pixels.n, buffer);
+    const float* w = pixels.w;
+    const float part = share(c);
+    if (w)
+      for (int i = 0; i < pixels.np; ++i) out[i] = w[i] != 0.f ? slope[i] * (k[i] * part) : 0.f;
+    else
+      for (int i = 0; i < pixels.np; ++i) out[i] = slope[i] * (k[i] * part);
+    if (out == buffer) store(p.other, p.layout, other(b, c), q, pixels.n, buffer);
+  }
+
+  // The gradient of a softmax block: p_c sum_k u_k - u_c with u_c = -p_c dL/dp_c. by: (C, 2), see
+  // backward_chunk; k: the pixel loss's factor of each pixel.
+  void general_gradient(const Block& pixels, int64_t b, int64_t q, const Softmax& x, const float* k,
+                        const double* by) const {
+    const int np = pixels.np;
+    const float* w = pixels.w;
+    const float* __restrict label = pixels.label();
+    alignas(64) float out[block_pixels], own[block_pixels], unused[block_pixels], sum[block_pixels];
+    const bool labels_only = has_pixel() && one_of();
+    if (labels_only) {
+      pixel.one_of(x.s, x.t, x.nll, np, static_cast<float>(o.parameter), 1.f / static_cast<float>(channels),
+                   unused, own);
+      times_class_weight(pixels, own);
+      for (int i = 0; i < np; ++i) own[i] *= k[i];
+    }
+    if (!needs_probabilities()) {
+      for (int i = 0; i < np; ++i) sum[i] = own[i] * x.inverse[i], own[i] *= -x.s[i];
+      for (int64_t c = 0; c < channels; ++c) {
+        const float* __restrict e = x.e + c * block;
+        float* __restrict to = destination(p.other, p.layout, other(b, c), q, pixels.n, out);
+        const float wanted = static_cast<float>(c);
+        if (w)
+          for (int i = 0; i < np; ++i) {
+            const float d = label[i] == wanted ? own[i] : sum[i] * e[i];
+            to[i] = w[i] != 0.f ? d : 0.f;
+          }
+        else
+          for (int i = 0; i < np; ++i) to[i] = label[i] == wanted ? own[i] : sum[i] * e[i];
+        if (to == out) store(p.other, p.layout, other(b, c), q, pixels.n, out);
       }
-      const T* w = load_weight(p, b, q, n, ws, scratch);
-      target.begin(q, n, w);
-      if (w)
-        for (int i = 0; i < np; ++i) k[i] = w[i] != T(0) ? k[i] * w[i] : T(0);
-      const auto put = [&](int64_t c, T* values) {
-        if (w)  // a masked pixel stays out even if its logits are NaN
-          for (int i = 0; i < np; ++i) values[i] = w[i] != T(0) ? values[i] : T(0);
-        store(p.other, p.layout, b * p.other.batch + c * p.other.channel, q, n, values);
-      };
-      if (o.activation == Activation::sigmoid) {
-        for (int64_t c = 0; c < channels; ++c) {
-          const T* z = load(p.logits, p.layout, b * p.logits.batch + c * p.logits.channel, q, n, x);
-          const T* g = target.channel(c, scratch);
-          const T share = class_weight_of(c) / static_cast<T>(channels);
-          half_sigmoids(z, np, h, large);
-#pragma GCC ivdep
-          for (int i = 0; i < np; ++i)
-            d[i] = k[i] * share * difference<false>(sigmoid(z[i], h[i], large[i]), g[i]).value;
-          put(c, d);
-        }
-        continue;
+      return;
+    }
+    alignas(64) float u[buffer_values], g[block_pixels];
+    for (int i = 0; i < np; ++i) sum[i] = 0.f;
+    for (int64_t c = 0; c < channels; ++c) {
+      const float* __restrict e = x.e + c * block;
+      float* __restrict uc = u + c * block;
+      for (int i = 0; i < np; ++i) uc[i] = 0.f;
+      if (by && c >= first) {
+        region.slopes[Given::probabilities][w != nullptr](e, pixels.target(c, g), w, np,
+                                                          static_cast<float>(o.gamma),
+                                                          static_cast<float>(by[2 * c]),
+                                                          static_cast<float>(by[2 * c + 1]), out);
+        for (int i = 0; i < np; ++i) uc[i] = -e[i] * out[i];
       }
-      load_channels(p, b, q, n, block, x);
-      if (p.labels && channels == 2) {
-        const T* g = target.channel(1, scratch);
-        const T w0 = class_weight_of(0), w1 = class_weight_of(1);
-        for (int i = 0; i < np; ++i) x[i] = x[block + i] - x[i];
-        half_sigmoids(x, np, h, large);
-#pragma GCC ivdep
+      const float wanted = static_cast<float>(c);
+      if (labels_only) {
+        for (int i = 0; i < np; ++i) uc[i] += label[i] == wanted ? own[i] : 0.f;
+      } else if (has_pixel()) {
+        for (int i = 0; i < np; ++i) unused[i] = 0.f;
+        pixel_terms(pixels, b, c, q, x, unused, out);
+        for (int i = 0; i < np; ++i) uc[i] += k[i] * out[i];
+      }
+      for (int i = 0; i < np; ++i) sum[i] += uc[i];
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int i = 0; i < np; ++i) out[i] = x.e[c * block + i] * sum[i] - u[c * block + i];
+      put(pixels, b, c, q, out);
+    }
+  }
+
+  // by: (C, 2), the loss's derivatives with respect to N and D of each class, times the gradient of the loss.
+  // factor: with which the pixel loss's sum enters, or its map's gradient, likewise.
+  void backward_chunk(int64_t b, int64_t chunk, const double* by, double factor, bool kept) const {
+    Softmax x;
+    alignas(64) float z[block_pixels], g[block_pixels], d[block_pixels], k[block_pixels];
+    alignas(64) float buffer[block_pixels], unused[block_pixels], slope[block_pixels];
+    const float parameter = static_cast<float>(o.parameter), gamma = static_cast<float>(o.gamma);
+    Block pixels(p, o, b);
+    for (int64_t q = chunk * chunk_pixels, end = end_of(chunk); q < end; q += block) {
+      pixels.begin(q, end - q < block ? static_cast<int>(end - q) : block);
+      const int n = pixels.n, np = pixels.np;
+      const float* w = pixels.w;
+      if (has_pixel()) {
+        const float* map = p.map ? load(p.map, p.layout, b * p.map.batch, q, n, buffer) : nullptr;
         for (int i = 0; i < np; ++i)
-          d[i] =
-              k[i] * (g[i] != T(0) ? w1 : w0) * difference<true>(sigmoid(x[i], h[i], large[i]), g[i]).value;
-        put(1, d);
-        for (int i = 0; i < np; ++i) d[i] = -d[i];
-        put(0, d);
-        continue;
+          k[i] = static_cast<float>(factor) * (map ? map[i] : 1.f) * (w ? w[i] : 1.f);
       }
-      softmax(x, channels, block, np);
-      for (int i = 0; i < np; ++i) mass[i] = T(0);
-      for (int64_t c = 0; c < channels; ++c) {
-        const T* g = target.channel(c, scratch);
-        const T cw = class_weight_of(c);
-        for (int i = 0; i < np; ++i) mass[i] += cw * g[i];
+      if (binary) {
+        if (kept)
+          load_into(p.other, other(b, 1), q, n, z);
+        else
+          difference_of_two(pixels, b, q, z, g);
+        if (kept) pixels.sides(1, g);
+        for (int i = 0; i < np; ++i) d[i] = 0.f;
+        if (has_region()) {
+          const auto run = region.slopes[kept ? Given::kept : Given::hard][w != nullptr];
+          run(z, g, w, np, gamma, static_cast<float>(by[2]), static_cast<float>(by[3]), d);
+          if (first == 0) {
+            for (int i = 0; i < np; ++i) buffer[i] = kept ? z[i] : -z[i], unused[i] = -g[i];
+            run(buffer, unused, w, np, gamma, static_cast<float>(by[0]), static_cast<float>(by[1]), slope);
+            for (int i = 0; i < np; ++i) d[i] -= slope[i];
+          }
+        }
+        if (has_pixel()) {
+          pixel.hard[Wanted::slope](z, g, np, parameter, unused, slope);
+          times_class_weight(pixels, k);
+          for (int i = 0; i < np; ++i) d[i] += k[i] * slope[i];
+        }
+        put_binary(pixels, b, q, d, nullptr);
+      } else if (general) {
+        if (kept) {
+          for (int64_t c = 0; c < channels; ++c) load_into(p.other, other(b, c), q, n, x.e + c * block);
+        } else {
+          softmax(pixels, b, q, x);
+          if (needs_probabilities()) normalise(x, np);
+        }
+        general_gradient(pixels, b, q, x, k, by);
+      } else {
+        for (int64_t c = 0; c < channels; ++c) {
+          const float* from =
+              kept ? load(p.other, p.layout, other(b, c), q, n, z) : logits(b, c, q, n, z);
+          const float* to = hard() ? pixels.sides(c, g) : pixels.target(c, g);
+          float* out = destination(p.other, p.layout, other(b, c), q, n, d);
+          if (has_region() && c >= first)
+            region.slopes[kept ? Given::kept : hard() ? Given::hard : Given::soft][w != nullptr](
+                from, to, w, np, gamma, static_cast<float>(by[2 * c]), static_cast<float>(by[2 * c + 1]), out);
+          else
+            for (int i = 0; i < np; ++i) out[i] = 0.f;
+          if (has_pixel()) {
+            (hard() ? pixel.hard : pixel.soft)[Wanted::slope](from, to, np, parameter, unused, slope);
+            const float part = share(c);
+            for (int i = 0; i < np; ++i) {
+              const float sum = out[i] + slope[i] * (k[i] * part);
+              out[i] = !w || w[i] != 0.f ? sum : 0.f;
+            }
+          }
+          if (out == d) store(p.other, p.layout, other(b, c), q, n, d);
+        }
       }
+    }
+  }
+
+  // Like load, but never in place.
+  void load_into(const Plane& plane, int64_t base, int64_t q, int n, float* out) const {
+    const float* from = load(plane, p.layout, base, q, n, out);
+    if (from != out)
+      for (int i = 0; i < padded(n); ++i) out[i] = from[i];
+  }
+
+  // The gradient that a forward call left, times that of the loss.
+  void scale_chunk(int64_t b, int64_t chunk, float factor) const {
+    alignas(64) float buffer[block_pixels];
+    for (int64_t q = chunk * chunk_pixels, end = end_of(chunk); q < end; q += block_pixels) {
+      const int n = end - q < block_pixels ? static_cast<int>(end - q) : block_pixels;
       for (int64_t c = 0; c < channels; ++c) {
-        const T* g = target.channel(c, scratch);
-        const T cw = class_weight_of(c);
-        for (int i = 0; i < np; ++i) d[i] = k[i] * (x[c * block + i] * mass[i] - cw * g[i]);
-        put(c, d);
+        load_into(p.other, other(b, c), q, n, buffer);
+        for (int i = 0; i < padded(n); ++i) buffer[i] *= factor;
+        store(p.other, p.layout, other(b, c), q, n, buffer);
       }
     }
   }
 };
 
-}  // namespace
+template <class F>
+void for_chunks(const Loss& loss, const Exec& exec, const F& f) {
+  const int64_t items = loss.p.layout.batch * loss.chunks;
+  const int threads = threads_for(exec, loss.p.layout.batch * loss.channels * loss.p.layout.pixels());
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t item = 0; item < items; ++item) f(item / loss.chunks, item % loss.chunks, item);
+}
 
-// ---- entry points ---------------------------------------------------------------------------------
+}  // namespace
 
 size_t loss_workspace(const Array& logits, const Exec&) {
   int64_t pixels = 1;
   for (int i = 2; i < logits.rank; ++i) pixels *= logits.shape[i];
   const int64_t chunks = (pixels + chunk_pixels - 1) / chunk_pixels;
-  return static_cast<size_t>(logits.shape[0] * chunks * logits.shape[1] * 2) * sizeof(double);
+  const int64_t numbers = 2;  // loss_tangent's sums are value and derivative
+  return static_cast<size_t>(logits.shape[0] * chunks * (logits.shape[1] + 1) * sums_per_chunk * numbers) *
+         sizeof(double);
 }
 
-bool region_loss_forward(const Array& logits, const Array& target, const Array& weight, const Array& mask,
-                         const RegionOptions& options, Reduction reduction, const Array& loss,
-                         const Array& sums_array, void* workspace, const Exec& exec) {
-  const Planes p = make_planes(logits, target, weight, mask, Array{}, Array{});
-  const int64_t batch = p.layout.batch, channels = p.layout.channels, chunks = chunks_of(p.layout);
+LossReport loss_forward(const Array& logits, const Array& target, const Array& weight, const Array& mask,
+                        const Array& class_weight, const LossOptions& o, Reduction reduction,
+                        const Array& loss_array, const Array& sums_array, const Array& keep_array,
+                        void* workspace, const Exec& exec) {
+  if (logits.dtype == DType::f64)
+    return exact_loss_forward(logits, target, weight, mask, class_weight, o, reduction, loss_array,
+                              sums_array, workspace, exec);
+  const bool map = o.pixel != PixelLoss::none && reduction == Reduction::none;
+  const Planes p = make_planes(logits, target, weight, mask, keep_array, map ? loss_array : Array{});
+  const Loss loss(p, o, class_weight);
+  const int64_t batch = p.layout.batch, channels = loss.channels, chunks = loss.chunks;
+  const int64_t image = (channels + 1) * sums_per_class;
   double* partial = static_cast<double*>(workspace);
   double* sums = static_cast<double*>(sums_array.data);
+  for (int64_t i = 0; i < batch * image; ++i) sums[i] = 0;
+
+  // What "mean" divides by first, so that the gradient can be written in the same pass.
+  double count = 0;
+  if (loss.has_pixel()) {
+    const bool by_class = counts_class_weights(p, o, class_weight);
+    const bool all = !p.mask && !(p.labels && o.has_ignore) && !by_class;
+    if (!all)
+      for_chunks(loss, exec, [&](int64_t b, int64_t chunk, int64_t item) {
+        partial[item] = loss.count_chunk(b, chunk, by_class);
+      });
+    for (int64_t b = 0; b < batch; ++b) {
+      double of_image = all ? static_cast<double>(p.layout.pixels()) : 0;
+      for (int64_t chunk = 0; !all && chunk < chunks; ++chunk) of_image += partial[b * chunks + chunk];
+      sums[b * image + channels * sums_per_class + 1] = of_image;
+      count += of_image;
+    }
+  }
+  // Only in fp32: half precision would round what is kept once more.
+  const bool scalar_loss = reduction == Reduction::mean || reduction == Reduction::sum;
+  Loss::Keep keep = Loss::Keep::nothing;
+  if (keep_array && keep_array.dtype == DType::f32) {
+    if (!loss.has_region() && scalar_loss)
+      keep = Loss::Keep::gradient;
+    else if (!loss.has_pixel() && (loss.general || loss.hard()))
+      keep = Loss::Keep::pixels;
+  }
+  const double factor =
+      reduction == Reduction::mean ? (count != 0 ? o.pixel_scale / count : 0.0) : o.pixel_scale;
+  const int64_t values = sums_per_chunk * (channels + 1);
   int bad = 0;
-  const auto run = [&](auto region) {
-    using R = decltype(region);
-    const int threads = threads_for(exec, batch * channels * p.layout.pixels());
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(| : bad) if (threads > 1)
-    for (int64_t item = 0; item < batch * chunks; ++item)
-      bad |= !R::forward_chunk(p, options, item / chunks, item % chunks, partial + item * 2 * channels);
-  };
+  for_chunks(loss, exec, [&](int64_t b, int64_t chunk, int64_t item) {
+    if (!loss.forward_chunk(b, chunk, keep, factor, partial + item * values)) {
+#pragma omp atomic write
+      bad = 1;
+    }
+  });
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const double* part = partial + (b * chunks + chunk) * values;
+      double* s = sums + b * image;
+      for (int64_t c = 0; c < channels; ++c)
+        for (int v = 0; v < sums_per_chunk; ++v)
+          s[c * sums_per_class + v] += part[c * sums_per_chunk + v];
+      s[channels * sums_per_class] += part[channels * sums_per_chunk];
+    }
+  finish_loss(o, reduction, batch, channels, sums, [&](int64_t i, double value) {
+    if (!map) set_scalar(loss_array, i, value);
+  });
+  return {!bad, keep != Loss::Keep::nothing};
+}
+
+void loss_backward(const Array& logits, const Array& target, const Array& weight, const Array& mask,
+                   const Array& class_weight, const LossOptions& o, Reduction reduction,
+                   const Array& grad_loss, const Array& sums_array, const Array& grad, bool kept,
+                   const Exec& exec) {
   if (logits.dtype == DType::f64)
-    with_region<double>(options, run);
-  else
-    with_region<float>(options, run);
-  add_chunks(partial, batch, chunks, 2 * channels, sums);
-
-  if (!options.per_image)  // every image's sums become the batch's
-    for (int64_t v = 0; v < 2 * channels; ++v) {
-      double total = 0;
-      for (int64_t b = 0; b < batch; ++b) total += sums[b * 2 * channels + v];
-      for (int64_t b = 0; b < batch; ++b) sums[b * 2 * channels + v] = total;
-    }
-  const int64_t first = channels > 1 && !options.include_background;
-  const int64_t items = options.per_image ? batch : (batch > 0 ? 1 : 0);
-  const Ratio ratio = options.kind == RegionLoss::dice ? Ratio::dice : Ratio::nr_dice;
-  double total = 0;
-  for (int64_t b = 0; b < items; ++b)
-    for (int64_t c = first; c < channels; ++c) {
-      const double* s = sums + (b * channels + c) * 2;
-      const double value = ratio_value(ratio, s[0], s[1], options.eps).loss;
-      if (reduction == Reduction::none) set_scalar(loss, b * (channels - first) + c - first, value);
-      total += value;
-    }
-  const int64_t count = items * (channels - first);
-  if (reduction == Reduction::mean) set_scalar(loss, 0, count ? total / static_cast<double>(count) : 0.0);
-  if (reduction == Reduction::sum) set_scalar(loss, 0, total);
-  if (reduction == Reduction::none && items == 0 && !options.per_image)
-    for (int64_t c = first; c < channels; ++c) set_scalar(loss, c - first, 0.0);
-  return !bad;
-}
-
-void region_loss_backward(const Array& logits, const Array& target, const Array& weight, const Array& mask,
-                          const RegionOptions& options, Reduction reduction, const Array& grad_loss,
-                          const Array& sums_array, const Array& grad, const Exec& exec) {
-  const Planes p = make_planes(logits, target, weight, mask, grad, Array{});
-  const int64_t batch = p.layout.batch, channels = p.layout.channels, chunks = chunks_of(p.layout);
-  const int64_t first = channels > 1 && !options.include_background;
-  const double count = static_cast<double>((options.per_image ? batch : 1) * (channels - first));
-  const double* sums = static_cast<const double*>(sums_array.data);
-  const Ratio ratio = options.kind == RegionLoss::dice ? Ratio::dice : Ratio::nr_dice;
-  const auto run = [&](auto region) {
-    using R = decltype(region);
-    const int threads = threads_for(exec, batch * channels * p.layout.pixels());
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t item = 0; item < batch * chunks; ++item) {
-      const int64_t b = item / chunks;
-      double coefficients[2 * max_channels];
-      for (int64_t c = first; c < channels; ++c) {
-        const double* s = sums + (b * channels + c) * 2;
-        const RatioValue value = ratio_value(ratio, s[0], s[1], options.eps);
-        const double g = reduction == Reduction::none   ? entry(grad_loss, options.per_image, b, c - first)
-                         : reduction == Reduction::mean ? scalar(grad_loss) / count
-                                                        : scalar(grad_loss);
-        coefficients[2 * c] = g * value.by_numerator;
-        coefficients[2 * c + 1] = g * value.by_denominator;
-      }
-      R::backward_chunk(p, options, b, item % chunks, coefficients);
-    }
-  };
-  if (logits.dtype == DType::f64)
-    with_region<double>(options, run);
-  else
-    with_region<float>(options, run);
-}
-
-namespace {
-
-template <class T>
-bool pixel_forward(const Planes& p, const Array& class_weight, const PixelOptions& options,
-                   Reduction reduction, double* partial, const Exec& exec) {
-  const CrossEntropy<T> ce{p, options, class_weight};
-  const int64_t chunks = chunks_of(p.layout), items = p.layout.batch * chunks;
-  const int threads = threads_for(exec, items * chunk_pixels * p.layout.channels);
-  int bad = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(| : bad) if (threads > 1)
-  for (int64_t item = 0; item < items; ++item)
-    bad |= !ce.forward_chunk(item / chunks, item % chunks, reduction == Reduction::none, partial + 2 * item);
-  return !bad;
-}
-
-template <class T>
-void pixel_backward(const Planes& p, const Array& class_weight, const PixelOptions& options, double scale,
-                    const Exec& exec) {
-  const CrossEntropy<T> ce{p, options, class_weight};
-  const int64_t chunks = chunks_of(p.layout), items = p.layout.batch * chunks;
-  const int threads = threads_for(exec, items * chunk_pixels * p.layout.channels);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t item = 0; item < items; ++item)
-    ce.backward_chunk(item / chunks, item % chunks, static_cast<T>(scale));
-}
-
-}  // namespace
-
-bool pixel_loss_forward(const Array& logits, const Array& target, const Array& weight, const Array& mask,
-                        const Array& class_weight, const PixelOptions& options, Reduction reduction,
-                        const Array& loss, const Array& sums_array, void* workspace, const Exec& exec) {
-  const Planes p =
-      make_planes(logits, target, weight, mask, reduction == Reduction::none ? loss : Array{}, Array{});
-  double* partial = static_cast<double*>(workspace);
-  double* sums = static_cast<double*>(sums_array.data);
-  const bool good = logits.dtype == DType::f64
-                        ? pixel_forward<double>(p, class_weight, options, reduction, partial, exec)
-                        : pixel_forward<float>(p, class_weight, options, reduction, partial, exec);
-  add_chunks(partial, 1, p.layout.batch * chunks_of(p.layout), 2, sums);
-  if (reduction == Reduction::mean) set_scalar(loss, 0, sums[1] != 0 ? sums[0] / sums[1] : 0.0);
-  if (reduction == Reduction::sum) set_scalar(loss, 0, sums[0]);
-  return good;
-}
-
-void pixel_loss_backward(const Array& logits, const Array& target, const Array& weight, const Array& mask,
-                         const Array& class_weight, const PixelOptions& options, Reduction reduction,
-                         const Array& grad_loss, const Array& sums_array, const Array& grad,
-                         const Exec& exec) {
-  const bool map = reduction == Reduction::none;
+    return exact_loss_backward(logits, target, weight, mask, class_weight, o, reduction, grad_loss,
+                               sums_array, grad, exec);
+  const bool map = o.pixel != PixelLoss::none && reduction == Reduction::none;
   const Planes p = make_planes(logits, target, weight, mask, grad, map ? grad_loss : Array{});
+  const Loss loss(p, o, class_weight);
   const double* sums = static_cast<const double*>(sums_array.data);
-  double scale = map ? 0.0 : scalar(grad_loss);
-  if (reduction == Reduction::mean) scale = sums[1] != 0 ? scale / sums[1] : 0.0;
-  if (logits.dtype == DType::f64)
-    pixel_backward<double>(p, class_weight, options, scale, exec);
-  else
-    pixel_backward<float>(p, class_weight, options, scale, exec);
+  if (kept && !loss.has_region()) {
+    const float factor = static_cast<float>(scalar(grad_loss));
+    if (factor != 1.f)
+      for_chunks(loss, exec, [&](int64_t b, int64_t chunk, int64_t) { loss.scale_chunk(b, chunk, factor); });
+    return;
+  }
+  for_chunks(loss, exec, [&](int64_t b, int64_t chunk, int64_t) {
+    double by[2 * max_channels];
+    double factor = 0;
+    upstream(o, reduction, b, loss.channels, sums, grad_loss, [&](int64_t i) { return value_at(grad_loss, i); }, by,
+             &factor);
+    loss.backward_chunk(b, chunk, by, factor, kept);
+  });
+}
+
+void loss_tangent(const Array& logits, const Array& logits_dot, const Array& target, const Array& weight,
+                  const Array& mask, const Array& class_weight, const LossOptions& options,
+                  Reduction reduction, const Array& loss_dot, const Array& sums, void* workspace,
+                  const Exec& exec) {
+  exact_loss_tangent(logits, logits_dot, target, weight, mask, class_weight, options, reduction, loss_dot,
+                     sums, workspace, exec);
+}
+
+void loss_backward_tangent(const Array& logits, const Array& logits_dot, const Array& target,
+                           const Array& weight, const Array& mask, const Array& class_weight,
+                           const LossOptions& options, Reduction reduction, const Array& grad_loss,
+                           const Array& grad_loss_dot, const Array& sums, const Array& grad_dot,
+                           const Exec& exec) {
+  exact_loss_backward_tangent(logits, logits_dot, target, weight, mask, class_weight, options, reduction,
+                              grad_loss, grad_loss_dot, sums, grad_dot, exec);
 }
 
 }  // namespace noisyseg::NOISYSEG_ISA
 
 NOISYSEG_API(size_t, loss_workspace, (const Array& logits, const Exec& exec), (logits, exec))
-NOISYSEG_API(bool, region_loss_forward,
+NOISYSEG_API(LossReport, loss_forward,
              (const Array& logits, const Array& target, const Array& weight, const Array& mask,
-              const RegionOptions& options, Reduction reduction, const Array& loss, const Array& sums,
-              void* workspace, const Exec& exec),
-             (logits, target, weight, mask, options, reduction, loss, sums, workspace, exec))
-NOISYSEG_API(void, region_loss_backward,
+              const Array& class_weight, const LossOptions& options, Reduction reduction, const Array& loss,
+              const Array& sums, const Array& keep, void* workspace, const Exec& exec),
+             (logits, target, weight, mask, class_weight, options, reduction, loss, sums, keep, workspace,
+              exec))
+NOISYSEG_API(void, loss_backward,
              (const Array& logits, const Array& target, const Array& weight, const Array& mask,
-              const RegionOptions& options, Reduction reduction, const Array& grad_loss, const Array& sums,
-              const Array& grad, const Exec& exec),
-             (logits, target, weight, mask, options, reduction, grad_loss, sums, grad, exec))
-NOISYSEG_API(bool, pixel_loss_forward,
-             (const Array& logits, const Array& target, const Array& weight, const Array& mask,
-              const Array& class_weight, const PixelOptions& options, Reduction reduction, const Array& loss,
-              const Array& sums, void* workspace, const Exec& exec),
-             (logits, target, weight, mask, class_weight, options, reduction, loss, sums, workspace, exec))
-NOISYSEG_API(void, pixel_loss_backward,
-             (const Array& logits, const Array& target, const Array& weight, const Array& mask,
-              const Array& class_weight, const PixelOptions& options, Reduction reduction,
-              const Array& grad_loss, const Array& sums, const Array& grad, const Exec& exec),
-             (logits, target, weight, mask, class_weight, options, reduction, grad_loss, sums, grad, exec))
+              const Array& class_weight, const LossOptions& options, Reduction reduction,
+              const Array& grad_loss, const Array& sums, const Array& grad, bool kept, const Exec& exec),
+             (logits, target, weight, mask, class_weight, options, reduction, grad_loss, sums, grad, kept,
+              exec))
+NOISYSEG_API(void, loss_tangent,
+             (const Array& logits, const Array& logits_dot, const Array& target, const Array& weight,
+              const Array& mask, const Array& class_weight, const LossOptions& options, Reduction reduction,
+              const Array& loss_dot, const Array& sums, void* workspace, const Exec& exec),
+             (logits, logits_dot, target, weight, mask, class_weight, options, reduction, loss_dot, sums,
+              workspace, exec))
+NOISYSEG_API(void, loss_backward_tangent,
+             (const Array& logits, const Array& logits_dot, const Array& target, const Array& weight,
+              const Array& mask, const Array& class_weight, const LossOptions& options, Reduction reduction,
+              const Array& grad_loss, const Array& grad_loss_dot, const Array& sums, const Array& grad_dot,
+              const Exec& exec),
+             (logits, logits_dot, target, weight, mask, class_weight, options, reduction, grad_loss,
+              grad_loss_dot, sums, grad_dot, exec))

@@ -111,10 +111,13 @@ double sum_lanes(const T* x) {
   return half[0];
 }
 
+// Of f32 or f64: the element `offset` elements on; element i of a row.
+inline double value_at(const Array& a, int64_t offset) {
+  return a.dtype == DType::f64 ? static_cast<const double*>(a.data)[offset]
+                               : static_cast<const float*>(a.data)[offset];
+}
 inline double scalar(const Array& a, int64_t i = 0) {
-  const int64_t at = i * (a.rank ? a.strides[a.rank - 1] : 0);
-  return a.dtype == DType::f64 ? static_cast<const double*>(a.data)[at]
-                               : static_cast<const float*>(a.data)[at];
+  return value_at(a, i * (a.rank ? a.strides[a.rank - 1] : 0));
 }
 inline void set_scalar(const Array& a, int64_t i, double x) {
   if (a.dtype == DType::f64)

@@ -70,6 +70,21 @@ NOISYSEG_FORMULA HardPixel<T> hard_pixel(T z, T side, T h, T large) {
   return {abs_(g - size), g, large * small, {side * size, size, root}};
 }
 
+// The same from `kept`, the smaller of sqrt p and sqrt(1 - p): positive where it is sqrt |p - g|, negative where
+// that is the other one, large = sqrt(1 - kept^2).
+template <class T>
+NOISYSEG_FORMULA T keep_pixel(T z, T side, T h, T large) {
+  const T small = h * large;
+  return z * side >= T(0) ? -small : small;
+}
+template <class T>
+NOISYSEG_FORMULA HardPixel<T> kept_pixel(T kept, T side, T large) {
+  const T root = kept > T(0) ? kept : large;
+  const T size = root * root;
+  const T g = T(0.5) - T(0.5) * side;
+  return {abs_(g - size), g, large * abs_(kept), {side * size, size, root}};
+}
+
 // ---- region losses: functions of sums over an image or a batch -------------------------------------
 //
 // For each class N = sum w n(p, g), D = sum w d(p, g) and, for generalized Dice, G = sum w g.
@@ -173,7 +188,7 @@ NOISYSEG_FORMULA RatioValue<T> dice_value(T n, T denominator, double eps, double
   if (d == T(0)) return {T(0), T(0), T(0)};
   const T dice = m / d;
   if (power == 1) return {T(1) - dice, T(-1) / d, dice / d};
-  if (!(dice > T(0))) return {dice != dice ? dice : T(1), T(0), T(0)};
+  if (!(dice > T(0))) return {dice != dice ? dice : T(1), T(0) * dice, T(0) * dice};
   const T raised = exp_(T(power) * log_(dice)), slope = T(power) * raised / dice;
   return {T(1) - raised, -slope / d, slope * dice / d};
 }
