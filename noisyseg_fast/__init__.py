@@ -24,8 +24,20 @@ _HOME = {
     "NRDiceLoss": "losses",
     "dice_loss": "losses",
     "DiceLoss": "losses",
+    "focal_dice_loss": "losses",
+    "FocalDiceLoss": "losses",
+    "generalized_dice_loss": "losses",
+    "GeneralizedDiceLoss": "losses",
     "pixel_loss": "losses",
     "PixelLoss": "losses",
+    "dice_ce_loss": "losses",
+    "DiceCELoss": "losses",
+    "dice_mae_loss": "losses",
+    "DiceMAELoss": "losses",
+    "boundary_loss": "losses",
+    "BoundaryLoss": "losses",
+    "consistency_loss": "losses",
+    "ConsistencyLoss": "losses",
 }
 _MODULES = ("distance", "losses", "metrics", "noise", "reference", "sample", "training")
 

@@ -20,6 +20,7 @@ _CODE = {name: code for code, name in enumerate(DTYPES)}
 LABELS = ("uint8", "bool", "int32", "int64")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 MAX_RANK = 8  # Array::max_rank in array.h
+_HUGE = 4 << 20  # results from this size on ask for huge pages, as NumPy's own do: a tenth of the page faults
 
 
 class Namespace:
@@ -35,6 +36,13 @@ class Namespace:
         return str(x.dtype)
 
     def empty(self, shape: Sequence[int], dtype: str) -> Any:
+        raise NotImplementedError
+
+    def empty_like(self, x: Any) -> Any:
+        """Shape, dtype and order of x."""
+        raise NotImplementedError
+
+    def ones_like(self, x: Any) -> Any:
         raise NotImplementedError
 
     def back(self, x: Any) -> Any:
@@ -67,6 +75,12 @@ class _Numpy(Namespace):
     def empty(self, shape: Sequence[int], dtype: str) -> np.ndarray[Any, Any]:
         return np.empty(tuple(shape), dtype)
 
+    def empty_like(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.empty_like(x, subok=False)
+
+    def ones_like(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.ones_like(x, subok=False)
+
 
 class _Torch(Namespace):
     name = "torch"
@@ -87,6 +101,17 @@ class _Torch(Namespace):
 
     def empty(self, shape: Sequence[int], dtype: str) -> Any:
         return self._torch.empty(tuple(shape), dtype=getattr(self._torch, dtype), device=self._device)
+
+    def empty_like(self, x: Any) -> Any:
+        result = self._torch.empty_like(x)
+        if self.device < 0 and result.nbytes >= _HUGE:
+            from . import _core
+
+            _core.use_huge_pages(result.data_ptr(), result.nbytes)
+        return result
+
+    def ones_like(self, x: Any) -> Any:
+        return self._torch.ones_like(x)
 
     @property
     def exec(self) -> Exec:
@@ -113,6 +138,14 @@ class _Cupy(Namespace):
     def empty(self, shape: Sequence[int], dtype: str) -> Any:
         with self._cupy.cuda.Device(self.device):
             return self._cupy.empty(tuple(shape), dtype)
+
+    def empty_like(self, x: Any) -> Any:
+        with self._cupy.cuda.Device(self.device):
+            return self._cupy.empty_like(x)
+
+    def ones_like(self, x: Any) -> Any:
+        with self._cupy.cuda.Device(self.device):
+            return self._cupy.ones_like(x)
 
     @property
     def exec(self) -> Exec:
@@ -146,6 +179,12 @@ class _Dlpack(Namespace):
 
     def empty(self, shape: Sequence[int], dtype: str) -> np.ndarray[Any, Any]:
         return self._numpy.empty(shape, dtype)
+
+    def empty_like(self, x: Any) -> np.ndarray[Any, Any]:
+        return self._numpy.empty_like(self.as_numpy(x))
+
+    def ones_like(self, x: Any) -> np.ndarray[Any, Any]:
+        return self._numpy.ones_like(self.as_numpy(x))
 
     def back(self, x: Any) -> Any:
         own = getattr(self._like, "__array_namespace__", None)

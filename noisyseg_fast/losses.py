@@ -1,13 +1,23 @@
-"""Fused noise-robust losses: value and gradient in two reads of the inputs and one write.
+"""Fused noise-robust losses: value and gradient in two reads of the inputs and one write, often one read.
 
 Shapes: logits (B, C, *S), float16, bfloat16, float32 or float64; target (B, *S) or (B, 1, *S) class numbers
 (uint8, bool, int32, int64), or (B, C, *S) one map for each class, hard or soft, of any dtype. Labels are
-never expanded to one-hot: uint8 is the cheapest. weight (B, *S) or (B, 1, *S) floats multiply each pixel's
-part; mask, same shape, any dtype, leaves out the pixels where it is 0 (they may even hold NaN). Any strides.
+never expanded to one-hot: uint8 is the cheapest. Any strides. What most functions take besides:
 
-With torch tensors the loss is differentiable once with respect to logits, eagerly and under torch.compile.
-With NumPy or CuPy arrays the functions return the value. float64 logits are computed in float64, all others
-in float32, and so is the loss. Definitions: `noisyseg_fast.reference`.
+- activation: "sigmoid" (each channel for itself; one channel is the foreground) or "softmax".
+- weight (B, *S) or (B, 1, *S) floats: multiplies each pixel's part.
+- mask, same shape, any dtype: leaves out the pixels where it is 0 (they may even hold NaN).
+- ignore_index: leaves out the pixels with this label, which need not be a class.
+- label_smoothing s in [0, 1]: targets g become (1 - s) g + s / classes (sigmoid: + s / 2).
+- reduction: "mean", "sum", "none", or "image": one value for each image, (B,), for methods that rank samples.
+- return_grad=True: gives (loss, gradient of loss.sum() with respect to logits) at once, outside autograd: for
+  NumPy and CuPy arrays, for CUDA graphs, for loops of one's own.
+
+With torch tensors the loss is differentiable with respect to logits: eagerly twice and in forward mode
+(torch.func.grad, jvp and vmap included), under torch.compile once. With NumPy or CuPy arrays the functions
+return the value. float64 logits and all derivatives along a direction are computed in float64, all others in
+float32, and so is the loss. Memory: the gradient, allocated in the forward pass of a float32 loss on the CPU,
+and nothing of image size besides. Definitions: `noisyseg_fast.reference`.
 
 Raises TypeError for wrong dtypes or mixed kinds of arrays, ValueError for shapes, devices, options and
 labels out of range (on CUDA, where looking would mean waiting for the device, such a loss is NaN).
@@ -16,7 +26,7 @@ labels out of range (on CUDA, where looking would mean waiting for the device, s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import _arrays, _core
 
@@ -30,11 +40,34 @@ else:
     except ImportError:  # NumPy and CuPy users need no torch; only the module twins do
         Module = object
 
-_KINDS = ("nr_dice", "dice")
-_ACTIVATIONS = ("sigmoid", "softmax")
-_DENOMINATORS = ("linear", "squared")
-_REDUCTIONS = ("mean", "sum", "none")
-_PIXEL_KINDS = ("ce",)
+ACTIVATIONS = ("sigmoid", "softmax")
+REGION_KINDS = ("none", "nr_dice", "dice", "focal_dice", "generalized_dice")
+PIXEL_KINDS = ("none", "ce", "focal", "mae", "gce", "mse", "kl", "boundary")
+DENOMINATORS = ("linear", "squared")
+CLASS_WEIGHTS = ("uniform", "simple", "square")  # of generalized Dice: 1 / volume to the power 0, 1, 2
+REDUCTIONS = ("mean", "sum", "none", "image")
+
+
+class Options(NamedTuple):
+    """What the kernels are told (csrc/include/noisyseg/losses.h), all numbers."""
+
+    activation: int
+    region: int = 0
+    region_scale: float = 1.0
+    gamma: float = 1.5
+    dice_power: float = 1.0
+    volume_power: int = 2
+    squared: bool = True
+    per_image: bool = True
+    include_background: bool = True
+    eps: float = 1e-5
+    pixel: int = 0
+    pixel_scale: float = 1.0
+    parameter: float = 0.0
+    label_smoothing: float = 0.0
+    has_ignore: bool = False
+    ignore: int = 0
+    target_is_logits: bool = False
 
 
 def nr_dice_loss(
@@ -48,34 +81,32 @@ def nr_dice_loss(
     include_background: bool = True,
     weight: Any = None,
     mask: Any = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
     eps: float = 1e-5,
     reduction: str = "mean",
+    return_grad: bool = False,
 ) -> Any:
     """Noise-robust Dice: sum |p - g|^gamma / (sum p^2 + sum g^2 + eps), Wang et al., TMI 2020, eq. 3.
 
     gamma in [1, 2]: 2 is Milletari's Dice loss, 1 weighs all errors alike; the paper's best is 1.5. At gamma 1
-    the derivative at p = g is 0. denominator="linear" (sum p + sum g) is what PyMIC computes; its
-    `NoiseRobustDiceLoss` also takes per_image=False and softmax. Sums run over each image and class, or over
-    the batch for each class with per_image=False. include_background=False leaves channel 0 out when C > 1.
+    the derivative at p = g is 0, and so is every second derivative of |p - g|^gamma there. denominator="linear"
+    (sum p + sum g) is what PyMIC computes; its `NoiseRobustDiceLoss` also takes per_image=False and softmax.
+    Sums run over each image and class, or over the batch for each class with per_image=False.
+    include_background=False leaves channel 0 out when C > 1.
 
-    reduction: "mean" over images and classes, "sum", or "none": (B, C'), or (C',) with per_image=False.
-    An image with every pixel masked has loss 0, an empty batch too.
+    reduction: "mean" over images and classes, "sum", "image" (mean over classes), or "none": (B, C'), or (C',)
+    with per_image=False. An image with every pixel masked has loss 0, an empty batch too. The rest: module.
 
     >>> loss = nr_dice_loss(logits, labels)          # (B, 1, H, W) float, (B, H, W) uint8
     >>> loss.backward()
     """
     if not 1 <= gamma <= 2:
         raise ValueError(f"gamma must lie in [1, 2], got {gamma}")
-    options = (
-        _KINDS.index("nr_dice"),
-        _index("activation", activation, _ACTIVATIONS),
-        float(gamma),
-        bool(_index("denominator", denominator, _DENOMINATORS)),
-        per_image,
-        include_background,
-        float(eps),
-    )
-    return _region(logits, target, weight, mask, options, reduction)
+    options = _region_options(
+        "nr_dice", activation, denominator, per_image, include_background, label_smoothing, eps
+    )._replace(gamma=float(gamma))
+    return _loss(logits, target, weight, mask, None, options, ignore_index, reduction, return_grad)
 
 
 def dice_loss(
@@ -88,24 +119,82 @@ def dice_loss(
     include_background: bool = True,
     weight: Any = None,
     mask: Any = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
     eps: float = 1e-5,
     reduction: str = "mean",
+    return_grad: bool = False,
 ) -> Any:
     """Soft Dice loss: 1 - (2 sum p g + eps) / (sum p^2 + sum g^2 + eps).
 
     denominator="squared": Milletari et al. 2016 (Wang et al. eq. 1); "linear": sum p + sum g, Soerensen,
     equal to MONAI's DiceLoss(sigmoid=True, smooth_nr=eps, smooth_dr=eps). The rest as in `nr_dice_loss`.
     """
-    options = (
-        _KINDS.index("dice"),
-        _index("activation", activation, _ACTIVATIONS),
-        1.0,
-        bool(_index("denominator", denominator, _DENOMINATORS)),
-        per_image,
-        include_background,
-        float(eps),
+    options = _region_options(
+        "dice", activation, denominator, per_image, include_background, label_smoothing, eps
     )
-    return _region(logits, target, weight, mask, options, reduction)
+    return _loss(logits, target, weight, mask, None, options, ignore_index, reduction, return_grad)
+
+
+def focal_dice_loss(
+    logits: Any,
+    target: Any,
+    *,
+    beta: float = 0.5,
+    activation: str = "sigmoid",
+    denominator: str = "squared",
+    per_image: bool = True,
+    include_background: bool = True,
+    weight: Any = None,
+    mask: Any = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    eps: float = 1e-5,
+    reduction: str = "mean",
+    return_grad: bool = False,
+) -> Any:
+    """1 - Dice^(1/beta), Wang et al., TMI 2020, Table I with beta 0.5 (Dice squared); Dice as in `dice_loss`.
+
+    beta > 0; PyMIC's `FocalDiceLoss` asks for beta >= 1, denominator="linear", softmax and per_image=False. A
+    Dice of exactly 0 (eps = 0, no overlap) has slope 0. The rest as in `nr_dice_loss`.
+    """
+    if not 0 < beta < float("inf"):
+        raise ValueError(f"beta must be positive, got {beta}")
+    options = _region_options(
+        "focal_dice", activation, denominator, per_image, include_background, label_smoothing, eps
+    )._replace(dice_power=1.0 / beta)
+    return _loss(logits, target, weight, mask, None, options, ignore_index, reduction, return_grad)
+
+
+def generalized_dice_loss(
+    logits: Any,
+    target: Any,
+    *,
+    class_weighting: str = "square",
+    activation: str = "softmax",
+    denominator: str = "linear",
+    per_image: bool = True,
+    include_background: bool = True,
+    weight: Any = None,
+    mask: Any = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    eps: float = 1e-5,
+    reduction: str = "mean",
+    return_grad: bool = False,
+) -> Any:
+    """1 - (2 sum_c v_c sum p g + eps) / (sum_c v_c sum (p + g) + eps), Sudre et al. 2017.
+
+    v_c = 1 / (sum g)^2 of the class ("square"), 1 / sum g ("simple") or 1 ("uniform"); a class that is absent
+    gets the largest of the others' v, as in MONAI's GeneralizedDiceLoss, to which this is equal (smooth_nr =
+    smooth_dr = eps; batch=True is per_image=False). Where all classes are absent (include_background=False)
+    every v is 1, where MONAI has 0 and no gradient. reduction="none": (B,), or () with per_image=False. No
+    gradient flows through v, since it depends on the target alone. The rest as in `nr_dice_loss`.
+    """
+    options = _region_options(
+        "generalized_dice", activation, denominator, per_image, include_background, label_smoothing, eps
+    )._replace(volume_power=_index("class_weighting", class_weighting, CLASS_WEIGHTS))
+    return _loss(logits, target, weight, mask, None, options, ignore_index, reduction, return_grad)
 
 
 def pixel_loss(
@@ -117,29 +206,180 @@ def pixel_loss(
     weight: Any = None,
     mask: Any = None,
     class_weight: Any = None,
+    q: float = 0.7,
+    focal_gamma: float = 2.0,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
     reduction: str = "mean",
+    return_grad: bool = False,
 ) -> Any:
-    """Weighted cross-entropy of each pixel. kind="ce" is the only kind so far.
+    """A loss of each pixel. p_c: probabilities, g_c: targets, y: a hard label, cw_c: class weights (1 if none).
 
-    activation="softmax": -sum_c cw_c g_c log softmax(z)_c. "sigmoid": the mean over channels of the binary
-    cross-entropies, each times cw_c. class_weight: C floats, a sequence or a 1D array on the same device.
+    kind, for softmax (Wang et al., TMI 2020, Table I):
+    "ce"     -sum_c cw_c g_c ln p_c
+    "focal"  -sum_c cw_c g_c (1 - p_c)^focal_gamma ln p_c, focal_gamma >= 0 (Lin et al. 2017); the modulator has
+             a gradient; finite at p = 1 for every gamma
+    "gce"    sum_c cw_c g_c (1 - p_c^q) / q, 0 < q <= 1 (Zhang and Sabuncu 2018; q = 0.7)
+    "mae"    mean_c cw_c |p_c - g_c| (eq. 2 there; PyMIC's MAELoss)
+    "mse"    mean_c cw_c (p_c - g_c)^2
+    "kl"     sum_c cw_c g_c ln(g_c / p_c), 0 where g_c is 0
+    For sigmoid: the mean over channels of cw_c times the same of the two classes "c" and "not c" (ce, focal,
+    gce, kl: their sum; mae, mse: of one of them).
 
-    reduction="mean" divides sum w m L by the number of pixels in the mask (with softmax, labels and
-    class_weight: by the sum of their class weights, as torch does); `weight` multiplies and does not
-    normalise, as in MCPM eq. 1. "none" gives the loss map (B, *S), weighted.
+    class_weight: C floats, a sequence or a 1D float32 or float64 array on the same device.
+
+    reduction="mean" divides sum w m L by the number of pixels in the mask (ce, focal and gce with softmax,
+    labels and class_weight: by the sum of their class weights, as torch does); `weight` multiplies and does
+    not normalise, as in MCPM eq. 1. "image" the same for each image. "none" gives the loss map (B, *S),
+    weighted. The rest: module.
+
+    >>> loss_map = pixel_loss(logits, labels, kind="gce", q=0.7, reduction="none")
     """
-    _index("kind", kind, _PIXEL_KINDS)
-    act = _index("activation", activation, _ACTIVATIONS)
-    red = _index("reduction", reduction, _REDUCTIONS)
-    space = _arrays.of(logits=logits, target=target, weight=weight, mask=mask)
-    target, weight, mask = _check(space, logits, target, weight, mask, act)
-    if class_weight is not None:
-        class_weight = _class_weight(space, logits, class_weight)
-    if space.name == "torch":
-        from . import _autograd
+    if kind == "boundary":
+        raise ValueError("kind 'boundary' is boundary_loss(logits, distance_map)")
+    options = Options(
+        _index("activation", activation, ACTIVATIONS),
+        **_pixel_options(kind, q, focal_gamma),
+        label_smoothing=_fraction("label_smoothing", label_smoothing),
+    )
+    return _loss(logits, target, weight, mask, class_weight, options, ignore_index, reduction, return_grad)
 
-        return _autograd.pixel_loss(space, logits, target, weight, mask, class_weight, act, red)
-    return space.back(pixel_forward(space, logits, target, weight, mask, class_weight, act, red)[0])
+
+def dice_ce_loss(
+    logits: Any,
+    target: Any,
+    *,
+    dice_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    activation: str = "softmax",
+    denominator: str = "squared",
+    per_image: bool = True,
+    include_background: bool = True,
+    weight: Any = None,
+    mask: Any = None,
+    class_weight: Any = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    eps: float = 1e-5,
+    reduction: str = "mean",
+    return_grad: bool = False,
+) -> Any:
+    """dice_weight * `dice_loss` + ce_weight * `pixel_loss(kind="ce")`, both from one reading of the inputs.
+
+    The plain sum is Wang et al., TMI 2020, Table I; UA-MT, DTML and SSL4MIS take 0.5 of each. class_weight and
+    include_background=False concern one part alone: CE and Dice. reduction: "mean", "sum" or "image".
+    """
+    return _dice_and(
+        _pixel_options("ce", 1, 0),
+        (dice_weight, ce_weight),
+        ("dice_weight", "ce_weight"),
+        _region_options(
+            "dice", activation, denominator, per_image, include_background, label_smoothing, eps
+        ),
+        (logits, target, weight, mask, class_weight),
+        ignore_index,
+        reduction,
+        return_grad,
+    )
+
+
+def dice_mae_loss(
+    logits: Any,
+    target: Any,
+    *,
+    dice_weight: float = 1.0,
+    mae_weight: float = 1.0,
+    activation: str = "softmax",
+    denominator: str = "squared",
+    per_image: bool = True,
+    include_background: bool = True,
+    weight: Any = None,
+    mask: Any = None,
+    class_weight: Any = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    eps: float = 1e-5,
+    reduction: str = "mean",
+    return_grad: bool = False,
+) -> Any:
+    """dice_weight * `dice_loss` + mae_weight * `pixel_loss(kind="mae")` from one reading; see `dice_ce_loss`."""
+    return _dice_and(
+        _pixel_options("mae", 1, 0),
+        (dice_weight, mae_weight),
+        ("dice_weight", "mae_weight"),
+        _region_options(
+            "dice", activation, denominator, per_image, include_background, label_smoothing, eps
+        ),
+        (logits, target, weight, mask, class_weight),
+        ignore_index,
+        reduction,
+        return_grad,
+    )
+
+
+def boundary_loss(
+    logits: Any,
+    distance_map: Any,
+    *,
+    activation: str = "sigmoid",
+    include_background: bool = True,
+    weight: Any = None,
+    mask: Any = None,
+    reduction: str = "mean",
+    return_grad: bool = False,
+) -> Any:
+    """Mean over images, classes and pixels of p * phi (Kervadec et al., MIDL 2019, eq. 5); may be negative.
+
+    distance_map phi (B, C, *S), any dtype, negative inside each class:
+    `signed_distance_map(masks, convention="kervadec")`. With one channel also (B, *S). include_background=False
+    leaves channel 0 out, of the mean too. weight, mask, reduction ("none": the map (B, *S)): as `pixel_loss`.
+    """
+    options = Options(_index("activation", activation, ACTIVATIONS), pixel=PIXEL_KINDS.index("boundary"))
+    if distance_map is None:
+        raise TypeError("distance_map must be an array, not None")
+    shape = tuple(logits.shape)
+    if len(shape) > 1 and tuple(distance_map.shape) == (shape[0], *shape[2:]) != shape and shape[1] == 1:
+        distance_map = distance_map[:, None]
+    if tuple(distance_map.shape) != shape:
+        raise ValueError(
+            f"distance_map has shape {tuple(distance_map.shape)}; it must be that of logits, {shape}"
+        )
+    chosen = None
+    if not include_background and shape[1] > 1:
+        chosen = [0.0] + [shape[1] / (shape[1] - 1)] * (shape[1] - 1)
+    return _loss(logits, distance_map, weight, mask, chosen, options, None, reduction, return_grad)
+
+
+def consistency_loss(
+    logits: Any,
+    target_logits: Any,
+    *,
+    kind: str = "mse",
+    activation: str = "softmax",
+    weight: Any = None,
+    mask: Any = None,
+    reduction: str = "mean",
+    return_grad: bool = False,
+) -> Any:
+    """How far the probabilities of logits are from those of target_logits, a teacher's: no gradient for it.
+
+    Both (B, C, *S), of any float dtypes. kind "mse" (mean teacher, UA-MT: mean over classes), "mae" (Wang et
+    al., TMI 2020, eq. 4) or "kl" (sum over classes of t ln(t / p), t the teacher's); definitions and the other
+    arguments as in `pixel_loss`. UA-MT's certainty mask goes to mask, and the mean is then over its pixels.
+    """
+    if kind not in ("mse", "mae", "kl"):
+        raise ValueError(f"kind must be one of mse, mae, kl, got {kind!r}")
+    options = Options(
+        _index("activation", activation, ACTIVATIONS), **_pixel_options(kind, 1, 0), target_is_logits=True
+    )
+    if target_logits is None:
+        raise TypeError("target_logits must be an array, not None")
+    if tuple(target_logits.shape) != tuple(logits.shape):
+        raise ValueError(
+            f"target_logits has shape {tuple(target_logits.shape)}; it must be that of logits, "
+            f"{tuple(logits.shape)}"
+        )
+    return _loss(logits, target_logits, weight, mask, None, options, None, reduction, return_grad)
 
 
 class NRDiceLoss(Module):
@@ -154,7 +394,7 @@ class NRDiceLoss(Module):
         if Module is object:
             raise ImportError("the loss modules need torch: pip install 'noisyseg-fast[torch]'")
         super().__init__()
-        allowed = set(self._function.__kwdefaults__ or ()) - {"weight", "mask"}
+        allowed = set(self._function.__kwdefaults__ or ()) - {"weight", "mask", "return_grad"}
         unknown = sorted(set(options) - allowed)
         if unknown:
             raise TypeError(
@@ -175,13 +415,49 @@ class DiceLoss(NRDiceLoss):
     _function = staticmethod(dice_loss)
 
 
+class FocalDiceLoss(NRDiceLoss):
+    """`focal_dice_loss` as a module."""
+
+    _function = staticmethod(focal_dice_loss)
+
+
+class GeneralizedDiceLoss(NRDiceLoss):
+    """`generalized_dice_loss` as a module."""
+
+    _function = staticmethod(generalized_dice_loss)
+
+
 class PixelLoss(NRDiceLoss):
     """`pixel_loss` as a module."""
 
     _function = staticmethod(pixel_loss)
 
 
-# ---- checks ---------------------------------------------------------------------------------------
+class DiceCELoss(NRDiceLoss):
+    """`dice_ce_loss` as a module."""
+
+    _function = staticmethod(dice_ce_loss)
+
+
+class DiceMAELoss(NRDiceLoss):
+    """`dice_mae_loss` as a module."""
+
+    _function = staticmethod(dice_mae_loss)
+
+
+class BoundaryLoss(NRDiceLoss):
+    """`boundary_loss` as a module."""
+
+    _function = staticmethod(boundary_loss)
+
+
+class ConsistencyLoss(NRDiceLoss):
+    """`consistency_loss` as a module."""
+
+    _function = staticmethod(consistency_loss)
+
+
+# ---- options --------------------------------------------------------------------------------------
 
 
 def _index(name: str, value: str, allowed: Sequence[str]) -> int:
@@ -191,8 +467,69 @@ def _index(name: str, value: str, allowed: Sequence[str]) -> int:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}") from None
 
 
+def _fraction(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    return float(value)
+
+
+def _region_options(
+    kind: str,
+    activation: str,
+    denominator: str,
+    per_image: bool,
+    include_background: bool,
+    label_smoothing: float,
+    eps: float,
+) -> Options:
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps must not be negative, got {eps}")
+    return Options(
+        _index("activation", activation, ACTIVATIONS),
+        region=REGION_KINDS.index(kind),
+        squared=bool(_index("denominator", denominator, DENOMINATORS)),
+        per_image=bool(per_image),
+        include_background=bool(include_background),
+        eps=float(eps),
+        label_smoothing=_fraction("label_smoothing", label_smoothing),
+    )
+
+
+def _pixel_options(kind: str, q: float, focal_gamma: float) -> dict[str, Any]:
+    index = _index("kind", kind, PIXEL_KINDS[1:-1]) + 1
+    if kind == "gce" and not 0 < q <= 1:
+        raise ValueError(f"q must lie in (0, 1], got {q}")
+    if kind == "focal" and not 0 <= focal_gamma < float("inf"):
+        raise ValueError(f"focal_gamma must not be negative, got {focal_gamma}")
+    if kind == "focal" and focal_gamma == 0:
+        index = PIXEL_KINDS.index("ce")
+    return {"pixel": index, "parameter": float({"gce": q, "focal": focal_gamma}.get(kind, 0))}
+
+
+def _dice_and(
+    pixel: dict[str, Any],
+    scales: tuple[float, float],
+    names: tuple[str, str],
+    options: Options,
+    arrays: tuple[Any, ...],
+    ignore_index: int | None,
+    reduction: str,
+    return_grad: bool,
+) -> Any:
+    for name, scale in zip(names, scales, strict=True):
+        if not abs(scale) < float("inf"):
+            raise ValueError(f"{name} must be finite, got {scale}")
+    if reduction == "none":
+        raise ValueError("reduction 'none' has no meaning for a sum of two losses; use mean, sum or image")
+    options = options._replace(region_scale=float(scales[0]), pixel_scale=float(scales[1]), **pixel)
+    return _loss(*arrays, options, ignore_index, reduction, return_grad)
+
+
+# ---- checks ---------------------------------------------------------------------------------------
+
+
 def _check(
-    space: _arrays.Namespace, logits: Any, target: Any, weight: Any, mask: Any, activation: int
+    space: _arrays.Namespace, logits: Any, target: Any, weight: Any, mask: Any, options: Options
 ) -> tuple[Any, Any, Any]:
     """Checks what the kernels rely on; target, weight and mask come back as (B, *S) or (B, C, *S) views."""
     for name, x in (("logits", logits), ("target", target)):
@@ -207,7 +544,7 @@ def _check(
     channels = shape[1]
     if channels < 1 or channels > 1024:
         raise ValueError(f"logits must have 1 to 1024 channels, got shape {shape}")
-    if activation == 1 and channels == 1:
+    if options.activation == 1 and channels == 1:
         raise ValueError("activation 'softmax' over one channel is constant; use activation='sigmoid'")
     pixels = (shape[0], *shape[2:])
     with_channel = (shape[0], 1, *shape[2:])
@@ -225,6 +562,10 @@ def _check(
     elif given != shape:
         raise ValueError(
             f"target has shape {given}; for logits of shape {shape} it must be {pixels} (class numbers) or {shape}"
+        )
+    if options.has_ignore and len(target.shape) == len(shape):
+        raise ValueError(
+            f"ignore_index is a label, but target has shape {given}, one map for each class; use mask"
         )
     checked = []
     for name, x in (("weight", weight), ("mask", mask)):
@@ -260,110 +601,215 @@ def _class_weight(space: _arrays.Namespace, logits: Any, class_weight: Any) -> A
     return class_weight
 
 
-def _out_of_range(logits: Any) -> ValueError:
-    top = max(int(logits.shape[1]) - 1, 1)
-    return ValueError(f"target holds a label outside 0..{top}, the classes that logits have channels for")
-
-
 # ---- calls of the compiled module -----------------------------------------------------------------
 
 
-def _region(
-    logits: Any, target: Any, weight: Any, mask: Any, options: tuple[Any, ...], reduction: str
+def _loss(
+    logits: Any,
+    target: Any,
+    weight: Any,
+    mask: Any,
+    class_weight: Any,
+    options: Options,
+    ignore_index: int | None,
+    reduction: str,
+    return_grad: bool,
 ) -> Any:
-    red = _index("reduction", reduction, _REDUCTIONS)
-    if not options[-1] >= 0:
-        raise ValueError(f"eps must not be negative, got {options[-1]}")
+    red = _index("reduction", reduction, REDUCTIONS)
+    if red == 3 and options.region and not options.per_image:
+        raise ValueError("reduction 'image' needs per_image=True")
+    if ignore_index is not None:
+        if int(ignore_index) != ignore_index or abs(ignore_index) > 2**53:
+            raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")
+        options = options._replace(has_ignore=True, ignore=int(ignore_index))
     space = _arrays.of(logits=logits, target=target, weight=weight, mask=mask)
-    target, weight, mask = _check(space, logits, target, weight, mask, options[1])
+    target, weight, mask = _check(space, logits, target, weight, mask, options)
+    if class_weight is not None:
+        class_weight = _class_weight(space, logits, class_weight)
+    arrays = (logits, target, weight, mask, class_weight)
+    if return_grad:
+        loss, grad = value_and_grad(space, *arrays, options, red)
+        return space.back(loss), space.back(grad)
     if space.name == "torch":
         from . import _autograd
 
-        return _autograd.region_loss(space, logits, target, weight, mask, options, red)
-    return space.back(region_forward(space, logits, target, weight, mask, options, red)[0])
+        return _autograd.loss(*arrays, options, red)
+    return space.back(forward(space, *arrays, options, red)[0])
 
 
 def _view(space: _arrays.Namespace, x: Any) -> _arrays.View | None:
     return None if x is None else space.view(x)
 
 
-def _workspace(space: _arrays.Namespace, logits: _arrays.View, exec_: _arrays.Exec) -> tuple[Any, int]:
-    memory = space.empty((_core.loss_workspace(logits, exec_) // 8,), "float64")
-    return memory, space.view(memory)[0]
+def _views(space: _arrays.Namespace, arrays: tuple[Any, ...]) -> list[_arrays.View | None]:
+    return [_view(space, x) for x in arrays]
 
 
 def loss_dtype(logits_dtype: str) -> str:
     return "float64" if logits_dtype == "float64" else "float32"
 
 
-def region_shape(logits_shape: Sequence[int], options: tuple[Any, ...], reduction: int) -> tuple[int, ...]:
+def loss_shape(logits_shape: Sequence[int], options: Options, reduction: int) -> tuple[int, ...]:
+    batch, channels = logits_shape[:2]
+    if reduction == 3:
+        return (batch,)
     if reduction != 2:
         return ()
-    classes = logits_shape[1] - (logits_shape[1] > 1 and not options[5])
-    return (logits_shape[0], classes) if options[4] else (classes,)
+    if not options.region:
+        return (batch, *logits_shape[2:])
+    classes = channels - (channels > 1 and not options.include_background)
+    joint = options.region == REGION_KINDS.index("generalized_dice")
+    return (*((batch,) if options.per_image else ()), *(() if joint else (classes,)))
 
 
-def region_forward(
-    space: _arrays.Namespace,
-    logits: Any,
-    target: Any,
-    weight: Any,
-    mask: Any,
-    options: tuple[Any, ...],
-    reduction: int,
-) -> tuple[Any, Any]:
-    """(loss, sums): sums (B, C, 2) float64 is what the backward call needs besides the inputs."""
-    shape, view, exec_ = tuple(logits.shape), space.view(logits), space.exec
-    loss = space.empty(region_shape(shape, options, reduction), loss_dtype(space.dtype(logits)))
-    sums = space.empty((shape[0], shape[1], 2), "float64")
-    memory, address = _workspace(space, view, exec_)
-    good = _core.region_loss_forward(
-        view,
-        space.view(target),
-        _view(space, weight),
-        _view(space, mask),
-        options,
-        reduction,
-        space.view(loss),
-        space.view(sums),
-        address,
-        exec_,
-    )
-    del memory
-    if not good:
-        raise _out_of_range(logits)
-    return loss, sums
+def sums_shape(logits_shape: Sequence[int]) -> tuple[int, ...]:
+    return (logits_shape[0], logits_shape[1] + 1, 5)
 
 
-def pixel_forward(
+def _workspace(space: _arrays.Namespace, logits: _arrays.View) -> tuple[Any, int]:
+    memory = space.empty((_core.loss_workspace(logits, space.exec) // 8,), "float64")
+    return memory, space.view(memory)[0]
+
+
+def forward(
     space: _arrays.Namespace,
     logits: Any,
     target: Any,
     weight: Any,
     mask: Any,
     class_weight: Any,
-    activation: int,
+    options: Options,
     reduction: int,
-) -> tuple[Any, Any]:
-    """(loss, sums): sums (2,) float64, the weighted sum and what "mean" divides by."""
-    shape, view, exec_ = tuple(logits.shape), space.view(logits), space.exec
-    loss = space.empty((shape[0], *shape[2:]) if reduction == 2 else (), loss_dtype(space.dtype(logits)))
-    sums = space.empty((2,), "float64")
-    memory, address = _workspace(space, view, exec_)
-    good = _core.pixel_loss_forward(
-        view,
-        space.view(target),
-        _view(space, weight),
-        _view(space, mask),
-        _view(space, class_weight),
-        activation,
+    keep: Any = None,
+) -> tuple[Any, Any, bool]:
+    """(loss, sums, kept): sums float64 is what the backward call needs besides the inputs.
+
+    keep: like logits, or None; memory for the gradient, of which `kept` says whether backward may start from it.
+    """
+    shape, views = tuple(logits.shape), _views(space, (logits, target, weight, mask, class_weight))
+    loss = space.empty(loss_shape(shape, options, reduction), loss_dtype(space.dtype(logits)))
+    sums = space.empty(sums_shape(shape), "float64")
+    memory, address = _workspace(space, views[0])  # type: ignore[arg-type]
+    in_range, kept = _core.loss_forward(
+        *views,
+        options,
         reduction,
         space.view(loss),
         space.view(sums),
+        _view(space, keep),
         address,
-        exec_,
+        space.exec,
     )
     del memory
-    if not good:
-        raise _out_of_range(logits)
-    return loss, sums
+    if not in_range:
+        top = max(int(shape[1]) - 1, 1)
+        raise ValueError(f"target holds a label outside 0..{top}, the classes that logits have channels for")
+    return loss, sums, kept
+
+
+def backward(
+    space: _arrays.Namespace,
+    logits: Any,
+    target: Any,
+    weight: Any,
+    mask: Any,
+    class_weight: Any,
+    options: Options,
+    reduction: int,
+    grad_loss: Any,
+    sums: Any,
+    kept: Any = None,
+) -> Any:
+    """The gradient, like logits. kept: what the forward call filled; becomes the gradient."""
+    grad = space.empty_like(logits) if kept is None else kept
+    _core.loss_backward(
+        *_views(space, (logits, target, weight, mask, class_weight)),
+        options,
+        reduction,
+        space.view(grad_loss),
+        space.view(sums),
+        space.view(grad),
+        kept is not None,
+        space.exec,
+    )
+    return grad
+
+
+def value_and_grad(
+    space: _arrays.Namespace,
+    logits: Any,
+    target: Any,
+    weight: Any,
+    mask: Any,
+    class_weight: Any,
+    options: Options,
+    reduction: int,
+) -> tuple[Any, Any]:
+    """(loss, gradient of its sum)."""
+    arrays = (logits, target, weight, mask, class_weight)
+    grad = space.empty_like(logits)
+    loss, sums, kept = forward(space, *arrays, options, reduction, grad)
+    ones = space.ones_like(loss)
+    return loss, backward(space, *arrays, options, reduction, ones, sums, grad if kept else None)
+
+
+def tangent(
+    space: _arrays.Namespace,
+    logits: Any,
+    target: Any,
+    weight: Any,
+    mask: Any,
+    class_weight: Any,
+    options: Options,
+    reduction: int,
+    logits_dot: Any,
+) -> tuple[Any, Any]:
+    """(loss_dot, sums): the derivative of the loss along logits_dot, and what backward_tangent needs."""
+    shape, view = tuple(logits.shape), space.view(logits)
+    loss_dot = space.empty(loss_shape(shape, options, reduction), loss_dtype(space.dtype(logits)))
+    sums = space.empty((*sums_shape(shape), 2), "float64")
+    memory, address = _workspace(space, view)
+    _core.loss_tangent(
+        view,
+        space.view(logits_dot),
+        *_views(space, (target, weight, mask, class_weight)),
+        options,
+        reduction,
+        space.view(loss_dot),
+        space.view(sums),
+        address,
+        space.exec,
+    )
+    del memory
+    return loss_dot, sums
+
+
+def backward_tangent(
+    space: _arrays.Namespace,
+    logits: Any,
+    target: Any,
+    weight: Any,
+    mask: Any,
+    class_weight: Any,
+    options: Options,
+    reduction: int,
+    logits_dot: Any,
+    grad_loss: Any,
+    grad_loss_dot: Any,
+    sums: Any,
+) -> Any:
+    """The derivative of the gradient along (logits_dot, grad_loss_dot); grad_loss_dot may be None."""
+    grad_dot = space.empty_like(logits)
+    _core.loss_backward_tangent(
+        space.view(logits),
+        space.view(logits_dot),
+        *_views(space, (target, weight, mask, class_weight)),
+        options,
+        reduction,
+        space.view(grad_loss),
+        _view(space, grad_loss_dot),
+        space.view(sums),
+        space.view(grad_dot),
+        space.exec,
+    )
+    return grad_dot

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,35 +31,43 @@ def _per_class(logits: Tensor, target: Tensor) -> Tensor:
     return F.one_hot(target.long(), classes).movedim(-1, 1).to(logits.dtype)
 
 
-def _pixel_weight(logits: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor:
-    """(B, 1, *S): weight where mask is not 0, else 0."""
-    w = torch.ones_like(logits[:, :1]) if weight is None else weight.to(logits.dtype).unsqueeze(1)
-    return w if mask is None else torch.where(mask.unsqueeze(1) != 0, w, torch.zeros_like(w))
+def _pixel_weight(
+    logits: Tensor, weight: Tensor | None, mask: Tensor | None, target: Tensor, ignore_index: int | None
+) -> tuple[Tensor, Tensor]:
+    """weight where the pixel is in, else 0, and whether it is in: (B, *S)."""
+    inside = torch.ones_like(logits[:, 0], dtype=torch.bool) if mask is None else mask != 0
+    if ignore_index is not None:
+        inside = inside & (target != ignore_index)
+    w = torch.ones_like(logits[:, 0]) if weight is None else weight.to(logits.dtype)
+    return torch.where(inside, w, torch.zeros_like(w)), inside
 
 
-def _ratio_loss(
-    numerator: Tensor,
-    denominator: Tensor,
-    *,
-    dice: bool,
-    per_image: bool,
-    include_background: bool,
-    eps: float,
-    reduction: str,
-) -> Tensor:
-    """The loss from (B, C, *S) maps whose sums are the numerator and the denominator."""
-    n, d = (x.flatten(2).sum(2) for x in (numerator, denominator))
-    if not per_image:
-        n, d = n.sum(0), d.sum(0)
-    if not include_background and n.shape[-1] > 1:
-        n, d = n[..., 1:], d[..., 1:]
-    loss = 1 - (n + eps) / (d + eps) if dice else n / (d + eps)
+def _smooth(g: Tensor, label_smoothing: float) -> Tensor:
+    return (1 - label_smoothing) * g + label_smoothing / max(g.shape[1], 2)
+
+
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
+    """(B, C) or (C,), (B,), () region losses."""
+    if reduction == "image":
+        return loss.reshape(loss.shape[0], -1).mean(1)
     reduce: dict[str, Callable[[Tensor], Tensor]] = {
         "mean": torch.mean,
         "sum": torch.sum,
         "none": lambda x: x,
     }
     return reduce[reduction](loss)
+
+
+def _sums(
+    maps: Sequence[Tensor], w: Tensor, per_image: bool, include_background: bool
+) -> list[Tensor]:
+    """Weighted sums of (B, C, *S) maps: (B, C), or (C,) over the batch."""
+    sums = []
+    for x in maps:
+        total = torch.where(w[:, None] != 0, w[:, None] * x, torch.zeros_like(x)).flatten(2).sum(2)
+        total = total if per_image else total.sum(0)
+        sums.append(total[..., 1:] if not include_background and total.shape[-1] > 1 else total)
+    return sums
 
 
 def nr_dice_loss(
@@ -72,22 +81,36 @@ def nr_dice_loss(
     include_background: bool = True,
     weight: Tensor | None = None,
     mask: Tensor | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
     eps: float = 1e-5,
     reduction: str = "mean",
 ) -> Tensor:
     """sum w |p - g|^gamma / (sum w p^2 + sum w g^2 + eps); Wang et al., TMI 2020, eq. 3."""
-    p, g = _probability(logits, activation), _per_class(logits, target)
-    w = _pixel_weight(logits, weight, mask)
-    d = p**2 + g**2 if denominator == "squared" else p + g
-    return _ratio_loss(
-        w * (p - g).abs() ** gamma,
-        w * d,
-        dice=False,
-        per_image=per_image,
-        include_background=include_background,
-        eps=eps,
-        reduction=reduction,
-    )
+    w, _ = _pixel_weight(logits, weight, mask, target, ignore_index)
+    p, g = _probability(logits, activation), _smooth(_per_class(logits, target), label_smoothing)
+    size = (p**2 + g**2) if denominator == "squared" else p + g
+    n, d = _sums([(p - g).abs() ** gamma, size], w, per_image, include_background)
+    return _reduce(n / (d + eps), reduction)
+
+
+def _dice(
+    logits: Tensor,
+    target: Tensor,
+    activation: str,
+    denominator: str,
+    per_image: bool,
+    include_background: bool,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int | None,
+    label_smoothing: float,
+) -> list[Tensor]:
+    """sum w 2 p g, sum w (p^2 + g^2) or w (p + g), and sum w g, for each image and class."""
+    w, _ = _pixel_weight(logits, weight, mask, target, ignore_index)
+    p, g = _probability(logits, activation), _smooth(_per_class(logits, target), label_smoothing)
+    size = (p**2 + g**2) if denominator == "squared" else p + g
+    return _sums([2 * p * g, size, g], w, per_image, include_background)
 
 
 def dice_loss(
@@ -100,22 +123,99 @@ def dice_loss(
     include_background: bool = True,
     weight: Tensor | None = None,
     mask: Tensor | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
     eps: float = 1e-5,
     reduction: str = "mean",
 ) -> Tensor:
     """1 - (2 sum w p g + eps) / (sum w p^2 + sum w g^2 + eps)."""
-    p, g = _probability(logits, activation), _per_class(logits, target)
-    w = _pixel_weight(logits, weight, mask)
-    d = p**2 + g**2 if denominator == "squared" else p + g
-    return _ratio_loss(
-        w * 2 * p * g,
-        w * d,
-        dice=True,
-        per_image=per_image,
-        include_background=include_background,
-        eps=eps,
-        reduction=reduction,
-    )
+    which = (activation, denominator, per_image, include_background)
+    n, d, _ = _dice(logits, target, *which, weight, mask, ignore_index, label_smoothing)
+    return _reduce(1 - (n + eps) / (d + eps), reduction)
+
+
+def focal_dice_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    beta: float = 0.5,
+    activation: str = "sigmoid",
+    denominator: str = "squared",
+    per_image: bool = True,
+    include_background: bool = True,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    eps: float = 1e-5,
+    reduction: str = "mean",
+) -> Tensor:
+    """1 - Dice^(1 / beta); Wang et al., TMI 2020, Table I."""
+    which = (activation, denominator, per_image, include_background)
+    n, d, _ = _dice(logits, target, *which, weight, mask, ignore_index, label_smoothing)
+    return _reduce(1 - ((n + eps) / (d + eps)) ** (1 / beta), reduction)
+
+
+def generalized_dice_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    class_weighting: str = "square",
+    activation: str = "softmax",
+    denominator: str = "linear",
+    per_image: bool = True,
+    include_background: bool = True,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    eps: float = 1e-5,
+    reduction: str = "mean",
+) -> Tensor:
+    """1 - (sum_c v_c 2 sum w p g + eps) / (sum_c v_c sum w (p + g) + eps); Sudre et al. 2017."""
+    which = (activation, denominator, per_image, include_background)
+    n, d, volume = _dice(logits, target, *which, weight, mask, ignore_index, label_smoothing)
+    power = {"uniform": 0, "simple": 1, "square": 2}[class_weighting]
+    there = volume != 0
+    v = torch.where(there, torch.where(there, volume, torch.ones_like(volume)) ** -power, 0.0)
+    top = v.amax(-1, keepdim=True)
+    v = torch.where(there, v, torch.where(top == 0, torch.ones_like(top), top))
+    return _reduce(1 - ((v * n).sum(-1) + eps) / ((v * d).sum(-1) + eps), reduction)
+
+
+def _entropy(g: Tensor) -> Tensor:
+    return torch.xlogy(g, g)
+
+
+def _pixel_terms(
+    logits: Tensor, g: Tensor, kind: str, activation: str, parameter: float
+) -> Tensor:
+    """(B, C, *S): what each class adds to the loss of its pixel."""
+    classes = logits.shape[1]
+    if activation == "sigmoid":
+        p, log_p, log_q = logits.sigmoid(), F.logsigmoid(logits), F.logsigmoid(-logits)
+        f, q = 1 - g, (-logits).sigmoid()
+        terms = {
+            "ce": lambda: -g * log_p - f * log_q,
+            "focal": lambda: -g * q**parameter * log_p - f * p**parameter * log_q,
+            "gce": lambda: (g * (1 - p**parameter) + f * (1 - q**parameter)) / parameter,
+            "mae": lambda: (p - g).abs(),
+            "mse": lambda: (p - g) ** 2,
+            "kl": lambda: _entropy(g) + _entropy(f) - g * log_p - f * log_q,
+            "boundary": lambda: p * g,
+        }
+        return terms[kind]() / classes
+    p, log_p = logits.softmax(1), logits.log_softmax(1)
+    terms = {
+        "ce": lambda: -g * log_p,
+        "focal": lambda: -g * (1 - p) ** parameter * log_p,
+        "gce": lambda: g * (1 - p**parameter) / parameter,
+        "mae": lambda: (p - g).abs() / classes,
+        "mse": lambda: (p - g) ** 2 / classes,
+        "kl": lambda: _entropy(g) - g * log_p,
+        "boundary": lambda: p * g / classes,
+    }
+    return terms[kind]()
 
 
 def pixel_loss(
@@ -126,31 +226,102 @@ def pixel_loss(
     activation: str = "softmax",
     weight: Tensor | None = None,
     mask: Tensor | None = None,
-    class_weight: Tensor | None = None,
+    class_weight: Sequence[float] | Tensor | None = None,
+    q: float = 0.7,
+    focal_gamma: float = 2.0,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy map times weight; "mean" divides by the pixels in the mask (or their class weights)."""
-    if kind != "ce":
-        raise ValueError(f"kind must be ce, got {kind!r}")
-    g = _per_class(logits, target)
-    shape = (1, -1) + (1,) * (logits.ndim - 2)
-    cw = torch.ones(logits.shape[1]) if class_weight is None else torch.as_tensor(class_weight)
-    cw = cw.to(logits).reshape(shape)
-    labels = target.ndim == logits.ndim - 1
-    if activation == "softmax":
-        loss = -(cw * g * logits.log_softmax(1)).sum(1)
-        count = (cw * g).sum(1) if labels else torch.ones_like(loss)
-    else:
-        loss = (cw * F.binary_cross_entropy_with_logits(logits, g, reduction="none")).mean(1)
-        count = torch.ones_like(loss)
-    inside = torch.ones_like(loss, dtype=torch.bool) if mask is None else mask != 0
-    loss = torch.where(inside, _pixel_weight(logits, weight, mask)[:, 0] * loss, torch.zeros_like(loss))
+    """Loss map times weight; "mean" divides by the pixels that are in (or their labels' class weights)."""
+    w, inside = _pixel_weight(logits, weight, mask, target, ignore_index)
+    labels = _per_class(logits, target)
+    given = torch.ones(logits.shape[1]) if class_weight is None else torch.as_tensor(class_weight)
+    cw = given.to(logits).reshape((1, -1) + (1,) * (logits.ndim - 2))
+    g = labels if kind == "boundary" else _smooth(labels, label_smoothing)
+    parameter = {"gce": q, "focal": focal_gamma}.get(kind, 0.0)
+    loss = (cw * _pixel_terms(logits, g, kind, activation, parameter)).sum(1)
+    loss = torch.where(w != 0, w * loss, torch.zeros_like(loss))
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
-    total = torch.where(inside, count, torch.zeros_like(count)).sum()
-    return loss.sum() / torch.where(total == 0, torch.ones_like(total), total)
+    by_class = activation == "softmax" and target.ndim == logits.ndim - 1 and kind in ("ce", "focal", "gce")
+    count = (cw * labels).sum(1) if by_class and class_weight is not None else torch.ones_like(loss)
+    count = torch.where(inside, count, torch.zeros_like(count))
+    if reduction == "image":
+        loss, count = loss.flatten(1).sum(1), count.flatten(1).sum(1)
+    else:
+        loss, count = loss.sum(), count.sum()
+    return loss / torch.where(count == 0, torch.ones_like(count), count)
+
+
+def dice_ce_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    dice_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    activation: str = "softmax",
+    class_weight: Sequence[float] | Tensor | None = None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    kind: str = "ce",
+    **dice: Any,
+) -> Tensor:
+    """dice_weight * dice_loss + ce_weight * pixel_loss."""
+    both: dict[str, Any] = {
+        "activation": activation,
+        "weight": weight,
+        "mask": mask,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "reduction": reduction,
+    }
+    pixel = pixel_loss(logits, target, kind=kind, class_weight=class_weight, **both)
+    return dice_weight * dice_loss(logits, target, **both, **dice) + ce_weight * pixel
+
+
+def dice_mae_loss(logits: Tensor, target: Tensor, *, mae_weight: float = 1.0, **options: Any) -> Tensor:
+    """dice_weight * dice_loss + mae_weight * pixel_loss(kind="mae")."""
+    return dice_ce_loss(logits, target, kind="mae", ce_weight=mae_weight, **options)
+
+
+def boundary_loss(
+    logits: Tensor,
+    distance_map: Tensor,
+    *,
+    activation: str = "sigmoid",
+    include_background: bool = True,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Mean over classes and pixels of w p phi; Kervadec et al., MIDL 2019, eq. 5."""
+    classes, cw = logits.shape[1], None
+    if not include_background and classes > 1:
+        cw = [0.0] + [classes / (classes - 1)] * (classes - 1)
+    options: dict[str, Any] = {"activation": activation, "weight": weight, "mask": mask, "class_weight": cw}
+    return pixel_loss(logits, distance_map, kind="boundary", reduction=reduction, **options)
+
+
+def consistency_loss(
+    logits: Tensor,
+    target_logits: Tensor,
+    *,
+    kind: str = "mse",
+    activation: str = "softmax",
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """pixel_loss against the teacher's probabilities."""
+    target = _probability(target_logits.to(logits.dtype), activation)
+    options: dict[str, Any] = {"activation": activation, "weight": weight, "mask": mask}
+    return pixel_loss(logits, target, kind=kind, reduction=reduction, **options)
 
 
 # ---- losses of several maps -----------------------------------------------------------------------

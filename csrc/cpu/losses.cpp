@@ -437,6 +437,7 @@ struct Loss {
   bool has_class_weight;
   int64_t channels, first, chunks;
   int block;
+  bool labels_only;  // hard labels, and under softmax the label's own probability is all the pixel loss needs
   bool binary;   // softmax over two classes with hard labels: one sigmoid of the difference
   bool general;  // softmax otherwise
 
@@ -444,7 +445,9 @@ struct Loss {
       : p(planes), o(options), has_class_weight(static_cast<bool>(class_weight)) {
     channels = p.layout.channels, first = first_class(o, channels), chunks = chunks_of(p.layout);
     const bool hard = p.labels && o.label_smoothing == 0, softmax = o.activation == Activation::softmax;
-    binary = softmax && channels == 2 && hard && o.pixel != PixelLoss::boundary;
+    labels_only = hard && o.pixel != PixelLoss::boundary && o.pixel != PixelLoss::mse &&
+                  !(o.pixel == PixelLoss::mae && class_weight);
+    binary = softmax && channels == 2 && hard && (labels_only || (o.pixel == PixelLoss::mse && !class_weight));
     general = softmax && !binary;
     block = softmax ? block_of(channels) : block_pixels;
     if (o.region != RegionLoss::none) region = region_loops(o);
@@ -456,8 +459,7 @@ struct Loss {
   bool has_region() const { return o.region != RegionLoss::none; }
   bool has_pixel() const { return o.pixel != PixelLoss::none; }
   bool hard() const { return p.labels && o.label_smoothing == 0 && o.pixel != PixelLoss::boundary; }
-  // Softmax where the label's own probability is all that the pixel loss needs.
-  bool one_of() const { return hard() && o.pixel != PixelLoss::mse; }
+  bool one_of() const { return labels_only; }
 
   int64_t end_of(int64_t chunk) const {
     const int64_t end = (chunk + 1) * chunk_pixels;
@@ -737,7 +739,7 @@ struct Loss {
       const float* __restrict e = x.e + c * block;
       float* __restrict uc = u + c * block;
       for (int i = 0; i < np; ++i) uc[i] = 0.f;
-      if (by && c >= first) {
+      if (has_region() && c >= first) {
         region.slopes[Given::probabilities][w != nullptr](e, pixels.target(c, g), w, np,
                                                           static_cast<float>(o.gamma),
                                                           static_cast<float>(by[2 * c]),

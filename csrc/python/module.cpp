@@ -1,4 +1,7 @@
 #include <omp.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "bind.h"
 #include "cpu/isa.h"
@@ -28,6 +31,16 @@ py::dict build_info() {
   return info;
 }
 
+// Asks that fresh memory come in huge pages: a hint, to be given before the memory is touched.
+void use_huge_pages(std::uintptr_t address, std::size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const std::uintptr_t page = 4096, start = (address + page - 1) / page * page;
+  if (bytes > 2 * page) madvise(reinterpret_cast<void*>(start), (address + bytes - start) / page * page, MADV_HUGEPAGE);
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
 }  // namespace
 }  // namespace noisyseg
 
@@ -35,6 +48,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() =
       "Compiled kernels of noisyseg_fast. Takes addresses, never tensors; see noisyseg_fast/_arrays.py.";
   m.def("build_info", &noisyseg::build_info);
+  m.def("use_huge_pages", &noisyseg::use_huge_pages);
   noisyseg::bind_losses(m);
   noisyseg::bind_task_losses(m);
   noisyseg::bind_distance(m);
