@@ -34,13 +34,14 @@ def _backward(
     grad_terms_dot: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """An empty tensor stands for a gradient that is not needed."""
+    space = _arrays.of(logits=tensors[0])
     grads = tuple(
-        torch.empty_like(x) if needed else x.new_empty(0) for x, needed in zip(tensors[:2], need, strict=True)
+        space.empty_like(x) if n else x.new_empty(0) for x, n in zip(tensors[:2], need, strict=True)
     )
     wanted = tuple(g if needed else None for g, needed in zip(grads, need, strict=True))
     task_losses.backward(
         kind,
-        _arrays.of(logits=tensors[0]),
+        space,
         tensors,
         options,
         grad_terms,

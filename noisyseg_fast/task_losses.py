@@ -69,7 +69,8 @@ def uncertainty_weighted_loss(
     entropy: str = "paper",
     eps: float = 1e-5,
     reduction: str = "mean",
-) -> UncertaintyTerms:
+    return_grad: bool = False,
+) -> Any:
     """Loss and quality scores of images with M annotations each; Wang et al. (UMA-Net), eq. 1-8.
 
     logits (B, 1, *S); annotations (B, M, *S) labels or soft labels y; uncertainty (B, M, *S) floats sigma in (0, 1),
@@ -87,7 +88,8 @@ def uncertainty_weighted_loss(
 
     raters (B, M) of any dtype: which maps exist, or their weights >= 0, in place of M above; maps of weight 0 are
     never read. reduction: "mean" or "sum" over the images, or "image": terms of shape (B,), so that images can be
-    routed to different heads, as in `(terms.total * high).sum() / high.sum().clamp(min=1)`.
+    routed to different heads, as in `(terms.total * high).sum() / high.sum().clamp(min=1)`. return_grad=True gives
+    (terms, gradients of total.sum() with respect to logits and to uncertainty) at once, outside autograd.
 
     >>> terms = uncertainty_weighted_loss(logits, annotations, uncertainty)   # (B, 1, H, W), twice (B, 4, H, W)
     >>> terms.total.backward()
@@ -104,6 +106,9 @@ def uncertainty_weighted_loss(
         eps,
         reduction,
     )
+    if return_grad:
+        terms, scores, *grads = _value_and_grad("uncertainty", space, tensors, options, (1.0, 0.0, 0.0, 0.0))
+        return UncertaintyTerms(*terms, *scores), *grads
     terms, scores = _terms("uncertainty", space, tensors, options)
     return UncertaintyTerms(*terms, *scores)
 
@@ -120,7 +125,9 @@ def dual_task_loss(
     mask: Any = None,
     eps: float = 1e-5,
     reduction: str = "mean",
-) -> DualTaskTerms:
+    return_grad: bool = False,
+    grad_weights: Sequence[float] = (1.0, 1.0, 1.0),
+) -> Any:
     """The losses of a segmentation and a distance-map network that teach each other; Zhang and Zhang (DTML) 2021.
 
     logits (B, 1, *S) of the one; sdf (B, 1, *S) or (B, *S) of the other, negative inside, in [-1, 1]; target (B, *S)
@@ -141,77 +148,25 @@ def dual_task_loss(
     eq. 6; "shared": twice that, which is what the public code does, because it back-propagates both networks' losses
     through the one undetached term (train_la_dtml.py:188-189); "logits" or "sdf": only that input learns from it.
 
+    return_grad=True gives (terms, gradients with respect to logits and to sdf) at once, outside autograd: of the sum
+    of the terms times grad_weights.
+
     >>> seg, mask, consistency = dual_task_loss(logits, sdf, labels, labelled=2)
     >>> (seg + mask + 0.1 * consistency).backward()
     """
     space, tensors, options = _dual_task_arguments(
         logits, sdf, target, k, labelled, routing, per_image, mask, eps, reduction
     )
+    if return_grad:
+        terms, _, by_logits, by_sdf = _value_and_grad(
+            "dual_task", space, tensors, options, _three(grad_weights)
+        )
+        return (
+            DualTaskTerms(*terms),
+            by_logits,
+            by_sdf if len(sdf.shape) == len(logits.shape) else by_sdf[:, 0],
+        )
     return DualTaskTerms(*_terms("dual_task", space, tensors, options)[0])
-
-
-def uncertainty_weighted_value_and_grad(
-    logits: Any,
-    annotations: Any,
-    uncertainty: Any,
-    *,
-    dice_weight: float = 1.0,
-    consistency_weight: float = 1.0,
-    raters: Any = None,
-    mask: Any = None,
-    entropy: str = "paper",
-    eps: float = 1e-5,
-    reduction: str = "mean",
-) -> tuple[UncertaintyTerms, Any, Any]:
-    """`uncertainty_weighted_loss`, and the gradients of its total (of their sum, with reduction="image") with respect
-    to logits and uncertainty, outside autograd: for NumPy and CuPy, and without the host's cost of autograd.
-    """
-    space, tensors, options = _uncertainty_arguments(
-        logits,
-        annotations,
-        uncertainty,
-        dice_weight,
-        consistency_weight,
-        raters,
-        mask,
-        entropy,
-        eps,
-        reduction,
-    )
-    terms, scores, *grads = _value_and_grad("uncertainty", space, tensors, options, (1.0, 0.0, 0.0, 0.0))
-    return UncertaintyTerms(*terms, *scores), grads[0], grads[1]
-
-
-def dual_task_value_and_grad(
-    logits: Any,
-    sdf: Any,
-    target: Any,
-    *,
-    weights: Sequence[float] = (1.0, 1.0, 1.0),
-    k: float = 1500.0,
-    labelled: Any = None,
-    routing: str = "own",
-    per_image: bool = False,
-    mask: Any = None,
-    eps: float = 1e-5,
-    reduction: str = "mean",
-) -> tuple[DualTaskTerms, Any, Any]:
-    """`dual_task_loss`, and the gradients of weights[0] seg + weights[1] mask + weights[2] consistency with respect to
-    logits and sdf, outside autograd.
-    """
-    try:
-        seg, by_mask, by_consistency = (float(w) for w in weights)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"weights must be three numbers: of seg, mask and consistency; got {weights!r}"
-        ) from None
-    space, tensors, options = _dual_task_arguments(
-        logits, sdf, target, k, labelled, routing, per_image, mask, eps, reduction
-    )
-    terms, _, *grads = _value_and_grad("dual_task", space, tensors, options, (seg, by_mask, by_consistency))
-    if tuple(sdf.shape) != tuple(grads[1].shape):
-        grads[1] = grads[1][:, 0]
-    return DualTaskTerms(*terms), grads[0], grads[1]
 
 
 class UncertaintyWeightedLoss(Module):
@@ -289,6 +244,16 @@ def _check_logits(space: _arrays.Namespace, logits: Any) -> tuple[int, ...]:
     return shape
 
 
+def _three(grad_weights: Sequence[float]) -> tuple[float, ...]:
+    try:
+        seg, mask, consistency = (float(w) for w in grad_weights)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"grad_weights must be three numbers, of seg, mask and consistency; got {grad_weights!r}"
+        ) from None
+    return seg, mask, consistency
+
+
 def _given(**arrays: Any) -> None:
     for name, x in arrays.items():
         if x is None:
@@ -363,7 +328,7 @@ def _dual_task_arguments(
 ) -> tuple[_arrays.Namespace, Tensors, Options]:
     _index("reduction", reduction, ("mean", "image"))
     if reduction == "image" and not per_image:
-        raise ValueError("reduction='image' needs per_image=True: the sums run over the batch otherwise")
+        raise ValueError("reduction 'image' needs per_image=True: the sums run over the batch otherwise")
     _given(logits=logits, sdf=sdf, target=target)
     # bool is an int, but "labelled=True" would mean one image
     count = labelled if isinstance(labelled, int) and not isinstance(labelled, bool) else None
@@ -421,7 +386,7 @@ def _value_and_grad(
     upstream = space.empty(tuple(terms.shape), space.dtype(terms))
     for i, w in enumerate(weights):
         upstream[i] = w
-    grads = [space.empty(tuple(x.shape), space.dtype(x)) for x in tensors[:2]]
+    grads = [space.empty_like(x) for x in tensors[:2]]
     backward(kind, space, tensors, options, upstream, None, sums, (grads[0], grads[1]))
     return _rows(space, terms), _rows(space, scores), *map(space.back, grads)
 

@@ -197,7 +197,7 @@ UncertaintyPlanes make_planes(const UncertaintyInputs& in, const Array& grad_log
   p.annotations = planes[1], p.mask = planes[3], p.grad_logits = planes[6], p.grad_uncertainty = planes[7];
   p.raters = image_weights(in.raters);
   p.maps = in.annotations.shape[1];
-  p.direction = in.logits_dot || in.uncertainty_dot;
+  p.direction = in.direction();
   p.fp64 = in.logits.dtype == DType::f64 || in.uncertainty.dtype == DType::f64;
   if (p.maps > max_raters) throw std::invalid_argument("annotations has more than 512 maps");
   return p;
@@ -455,7 +455,7 @@ DualTaskPlanes make_planes(const DualTaskInputs& in, const Array& grad_logits, c
   p.logits = {planes[0], planes[4]}, p.sdf = {planes[2], planes[5]};
   p.target = planes[1], p.mask = planes[3], p.grad_logits = planes[6], p.grad_sdf = planes[7];
   p.labelled = image_weights(in.labelled);
-  p.direction = in.logits_dot || in.sdf_dot;
+  p.direction = in.direction();
   p.fp64 = in.logits.dtype == DType::f64 || in.sdf.dtype == DType::f64;
   return p;
 }
@@ -650,7 +650,7 @@ struct DualTask {
 // ---- entry points ---------------------------------------------------------------------------------
 
 size_t uncertainty_workspace(const UncertaintyInputs& in, const Exec&) {
-  const int64_t doubles = in.logits_dot || in.uncertainty_dot ? 2 : 1;
+  const int64_t doubles = in.direction() ? 2 : 1;
   return static_cast<size_t>(chunks_of_shape(in.logits) * uncertainty_sums(in.annotations.shape[1]) *
                              doubles) *
          sizeof(double);
@@ -677,7 +677,7 @@ void uncertainty_backward(const UncertaintyInputs& in, const UncertaintyOptions&
 }
 
 size_t dual_task_workspace(const DualTaskInputs& in, const Exec&) {
-  const int64_t doubles = in.logits_dot || in.sdf_dot ? 2 : 1;
+  const int64_t doubles = in.direction() ? 2 : 1;
   return static_cast<size_t>(chunks_of_shape(in.logits) * dual_task_sums * doubles) * sizeof(double);
 }
 

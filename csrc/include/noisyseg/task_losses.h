@@ -24,6 +24,7 @@ struct UncertaintyInputs {
   Array raters;                       // (B, M), weights >= 0, 0 for a map that is not there; optional
   Array mask;                         // (B, *S), 0 meaning "leave this pixel out"; optional
   Array logits_dot, uncertainty_dot;  // a direction; either or both may be absent
+  bool direction() const { return logits_dot.rank > 0 || uncertainty_dot.rank > 0; }  // even if of no pixels
 };
 struct UncertaintyOptions {
   double dice_weight = 1, consistency_weight = 1;
@@ -56,6 +57,7 @@ struct DualTaskInputs {
   Array labelled;             // (B,), not 0 for a labelled image; optional: else the first labelled_count
   Array mask;                 // as above
   Array logits_dot, sdf_dot;  // a direction
+  bool direction() const { return logits_dot.rank > 0 || sdf_dot.rank > 0; }
 };
 struct DualTaskOptions {
   double k = 1500;  // the distance map becomes sigmoid(-k sdf)
