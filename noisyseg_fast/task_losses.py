@@ -176,7 +176,7 @@ class UncertaintyWeightedLoss(Module):
     """
 
     _function: Any = staticmethod(uncertainty_weighted_loss)
-    _per_call = ("raters", "mask")
+    _per_call: tuple[str, ...] = ("raters", "mask", "return_grad")
 
     def __init__(self, **options: Any) -> None:
         if Module is object:
@@ -203,7 +203,7 @@ class DualTaskLoss(UncertaintyWeightedLoss):
     """`dual_task_loss` as a module: `labelled` and `mask` go to the call, the other options to the constructor."""
 
     _function = staticmethod(dual_task_loss)
-    _per_call = ("labelled", "mask")
+    _per_call = ("labelled", "mask", "return_grad", "grad_weights")
 
     def forward(self, logits: Any, sdf: Any, target: Any, labelled: Any = None, mask: Any = None) -> Any:
         return self._function(logits, sdf, target, labelled=labelled, mask=mask, **self.options)

@@ -134,7 +134,7 @@ void predict(const T* z, int n, T* p, T* q, T* nll_p, T* nll_q) {
   }
 #pragma GCC ivdep
   for (int i = 0; i < n; ++i) {
-    const T log_sum = log1p_(e[i]);
+    const T log_sum = log_sum_of(e[i], max_(p[i], q[i]));
     nll_p[i] = minus_log_p(z[i], log_sum), nll_q[i] = minus_log_q(z[i], log_sum);
   }
 }

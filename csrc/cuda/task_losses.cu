@@ -149,8 +149,9 @@ __global__ void __launch_bounds__(block_threads, 1)
     fetch(at, keep, in.logits, b, 0, z);
 #pragma unroll
     for (int k = 0; k < n; ++k) {
-      const T e = exp_(-abs_(z[k])), log_sum = log1p_(e);
+      const T e = exp_(-abs_(z[k]));
       const Prediction<T> a = prediction(z[k], e);
+      const T log_sum = log_sum_of(e, max_(a.p, a.q));
       p[k] = a.p, q[k] = a.q, mean[k] = T(0);
       nll_p[k] = minus_log_p(z[k], log_sum), nll_q[k] = minus_log_q(z[k], log_sum);
       if (keep[k]) total[in_mask] += Sum(1), total[squares] += Sum(a.p * a.p);
@@ -266,8 +267,9 @@ __global__ void __launch_bounds__(block_threads, 1)
     fetch(at, keep, in.logits, b, 0, out);
 #pragma unroll
     for (int k = 0; k < n; ++k) {
-      const T e = exp_(-abs_(out[k])), log_sum = log1p_(e);
+      const T e = exp_(-abs_(out[k]));
       const Prediction<T> a = prediction(out[k], e);
+      const T log_sum = log_sum_of(e, max_(a.p, a.q));
       p[k] = a.p, q[k] = a.q, mean[k] = pull[k] = lean[k] = T(0);
       nll_p[k] = minus_log_p(out[k], log_sum), nll_q[k] = minus_log_q(out[k], log_sum);
     }
@@ -374,7 +376,7 @@ __global__ void __launch_bounds__(block_threads, 1)
       part[all_pixels] += T(1);
       part[mismatch] += off * off;
       if (!known) continue;
-      const T log_sum = log1p_(e);
+      const T log_sum = log_sum_of(e, max_(a.p, a.q));
       part[pixels] += T(1);
       part[ce] += soft_cross_entropy(minus_log_p(z[k], log_sum), minus_log_q(z[k], log_sum), y[k]);
       part[py] += a.p * y[k], part[pp] += a.p * a.p;

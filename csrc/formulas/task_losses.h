@@ -103,6 +103,12 @@ NOISYSEG_FORMULA Prediction<T> prediction(T z, T e) {
   const T larger = T(1) / (T(1) + e), smaller = e * larger;
   return {z >= T(0) ? larger : smaller, z >= T(0) ? smaller : larger};
 }
+// ln(1 + e) as log1p_ has it, sharing the division: larger = 1 / (1 + e) is the larger one of p and q.
+template <class T>
+NOISYSEG_FORMULA T log_sum_of(T e, T larger) {
+  const T u = T(1) + e;
+  return log_(u) - ((u - T(1)) - e) * larger;
+}
 // -ln p and -ln q, from log_sum = ln(1 + e)
 template <class T>
 NOISYSEG_FORMULA T minus_log_p(T z, T log_sum) {
