@@ -304,7 +304,9 @@ def terms(kind: str, tensors: Any, options: Options) -> tuple[tuple[Tensor, ...]
                     f"{name} requires a gradient, but only logits and {receivers} receive one; pass {name}.detach()"
                 )
     if torch.compiler.is_compiling():
-        if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        layer = torch._C._functorch.peek_interpreter_stack()
+        # not "is None": under Dynamo it never is
+        if forward_ad._current_level >= 0 or isinstance(layer, torch._C._functorch.CInterpreter):
             raise NotImplementedError(
                 "inside torch.compile this loss has first derivatives in reverse mode only; call torch.func and "
                 "forward AD outside of it"
