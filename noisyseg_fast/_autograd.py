@@ -12,48 +12,68 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from . import _arrays, losses
-from .losses import Options
+from .losses import Arrays, Options
 
 Tensor = torch.Tensor
 Maybe = Tensor | None
 
 
-def loss(
-    logits: Tensor,
-    target: Tensor,
-    weight: Maybe,
-    mask: Maybe,
-    class_weight: Maybe,
-    options: Options,
-    reduction: int,
-) -> Tensor:
+def loss(arrays: Arrays, options: Options, reduction: int) -> Tensor:
+    logits, target, weight, mask, class_weight = arrays
     needed = torch.is_grad_enabled()
     for name, x in {"target": target, "weight": weight, "mask": mask, "class_weight": class_weight}.items():
         if needed and x is not None and x.requires_grad:
-            raise ValueError(
-                f"{name} requires a gradient, but only logits receive one; pass {name}.detach()"
-            )
-    arrays = (logits, target, weight, mask, class_weight)
+            raise ValueError(f"{name} requires a gradient, but only logits receive one; pass {name}.detach()")
     if torch.compiler.is_compiling():
         compiled: Tensor = _op(*arrays, [float(x) for x in options], reduction)[0]
         return compiled
     keep = needed and logits.requires_grad
-    eager: Tensor = _Loss.apply(*arrays, options, reduction, keep)[0]  # type: ignore[no-untyped-call]
+    if not keep and not _transforms_active() and forward_ad._current_level < 0:
+        value: Tensor = losses.forward(_arrays.of(logits=logits), arrays, options, reduction)[0]
+        return value
+    eager: Tensor = _Loss.call(*arrays, options, reduction, keep)[0]
     return eager
 
 
 # ---- eager ----------------------------------------------------------------------------------------
 
 
+_transforms_active = torch._C._are_functorch_transforms_active
+
+
+class _Function(torch.autograd.Function):
+    """A Function whose `call` takes the old style of forward, with ctx, where no transform of torch.func is
+    active: the new style binds its arguments by their signature, which costs 80 us a call."""
+
+    _old_style: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = cls.forward(*args)
+            cls.setup_context(ctx, args, output)
+            return output
+
+        members = {name: cls.__dict__[name] for name in ("backward", "jvp") if name in cls.__dict__}
+        bases = (torch.autograd.Function,)
+        cls._old_style = type(cls.__name__ + "OldStyle", bases, {"forward": staticmethod(forward), **members})
+
+    @classmethod
+    def call(cls, *args: Any) -> Any:
+        return (cls if _transforms_active() else cls._old_style).apply(*args)
+
+
 def _by_slices(function: Callable[..., Any]) -> Any:
     """torch.vmap of a Function: one call for each slice."""
 
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         def slice_of(i: int) -> list[Any]:
-            return [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+            pairs = zip(args, in_dims, strict=True)  # in_dims of the options, a tuple, is a tuple
+            return [a.select(d, i) if isinstance(d, int) else a for a, d in pairs]
 
         results = [function(*slice_of(i)) for i in range(info.batch_size)]
         if isinstance(results[0], Tensor):
@@ -65,7 +85,7 @@ def _by_slices(function: Callable[..., Any]) -> Any:
     return staticmethod(vmap)
 
 
-class _Loss(torch.autograd.Function):
+class _Loss(_Function):
     """(loss, sums, kept) of the arrays, as losses.forward; `keep` says whether a gradient is likely wanted."""
 
     @staticmethod
@@ -80,9 +100,10 @@ class _Loss(torch.autograd.Function):
         keep: bool,
     ) -> Any:
         space = _arrays.of(logits=logits)
-        memory = space.empty_like(logits) if keep and logits.dtype == torch.float32 else None
+        keep = keep and logits.dtype == torch.float32 and not options.region and reduction < 2
+        memory = space.empty_like(logits) if keep else None
         arrays = (logits, target, weight, mask, class_weight)
-        loss, sums, kept = losses.forward(space, *arrays, options, reduction, memory)
+        loss, sums, kept = losses.forward(space, arrays, options, reduction, memory)
         return loss, sums, memory if kept else None
 
     @staticmethod
@@ -100,24 +121,24 @@ class _Loss(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 8
         kept, ctx.kept = ctx.kept, None  # good for one gradient: it becomes that
-        if kept is not None and not torch.is_grad_enabled():
+        if kept is not None and not torch.is_grad_enabled() and not _transforms_active():
             space = _arrays.of(logits=arrays[0])
-            grad = losses.backward(space, *arrays, ctx.options, ctx.reduction, grad_loss, sums, kept)
+            grad = losses.backward(space, arrays, ctx.options, ctx.reduction, grad_loss, sums, kept, True)
         else:
-            grad = _Grad.apply(grad_loss, sums, *arrays, ctx.options, ctx.reduction)  # type: ignore[no-untyped-call]
+            grad = _Grad.call(grad_loss, sums, *arrays, ctx.options, ctx.reduction)
         return grad, *(None,) * 7
 
     @staticmethod
     def jvp(ctx: Any, logits_dot: Any, *_: Any) -> Any:
         loss_dot = None
         if logits_dot is not None:
-            loss_dot = _Tangent.apply(logits_dot, *ctx.saved_tensors, ctx.options, ctx.reduction)  # type: ignore[no-untyped-call]
+            loss_dot = _Tangent.call(logits_dot, *ctx.saved_tensors, ctx.options, ctx.reduction)
         return loss_dot, None, None
 
-    vmap = _by_slices(lambda *args: _Loss.apply(*args))  # type: ignore[no-untyped-call]
+    vmap = _by_slices(lambda *args: _Loss.call(*args))
 
 
-class _Grad(torch.autograd.Function):
+class _Grad(_Function):
     """The gradient with respect to logits."""
 
     @staticmethod
@@ -132,8 +153,10 @@ class _Grad(torch.autograd.Function):
         options: Options,
         reduction: int,
     ) -> Any:
-        arrays = (logits, target, weight, mask, class_weight)
-        return losses.backward(_arrays.of(logits=logits), *arrays, options, reduction, grad_loss, sums)
+        space, arrays = _arrays.of(logits=logits), (logits, target, weight, mask, class_weight)
+        if sums is None:
+            sums = losses.forward(space, arrays, options, reduction)[1]
+        return losses.backward(space, arrays, options, reduction, grad_loss, sums)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -143,32 +166,32 @@ class _Grad(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, u: Any) -> Any:
         if u is None:
             return (None,) * 9
         grad_loss, *arrays = ctx.saved_tensors
-        by_grad_loss, by_logits = _second(u, grad_loss, None, arrays, ctx.options, ctx.reduction)
-        return by_grad_loss, None, by_logits, *(None,) * 6
+        rest = (*arrays, ctx.options, ctx.reduction)
+        by_grad_loss = _Tangent.call(u, *rest) if ctx.needs_input_grad[0] else None
+        return by_grad_loss, None, _GradTangent.call(grad_loss, None, u, *rest), *(None,) * 6
 
     @staticmethod
     def jvp(ctx: Any, grad_loss_dot: Any, _: Any, logits_dot: Any, *__: Any) -> Any:
-        grad_loss, *arrays = ctx.saved_tensors
+        grad_loss, arrays = ctx.saved_tensors[0], ctx.saved_tensors[1:]
         if logits_dot is None:
             logits_dot = torch.zeros_like(arrays[0])
-        return _GradTangent.apply(grad_loss, grad_loss_dot, logits_dot, *arrays, ctx.options, ctx.reduction)  # type: ignore[no-untyped-call]
+        return _GradTangent.call(grad_loss, grad_loss_dot, logits_dot, *arrays, ctx.options, ctx.reduction)
 
-    vmap = _by_slices(lambda *args: _Grad.apply(*args))  # type: ignore[no-untyped-call]
+    vmap = _by_slices(lambda *args: _Grad.call(*args))
 
 
-class _Tangent(torch.autograd.Function):
+class _Tangent(_Function):
     """The loss's derivative along logits_dot."""
 
     @staticmethod
     def forward(logits_dot: Any, *arguments: Any) -> Any:
-        *arrays, options, reduction = arguments
+        arrays, (options, reduction) = arguments[:5], arguments[5:]
         space = _arrays.of(logits=arrays[0])
-        return losses.tangent(space, *arrays, options, reduction, logits_dot)[0]
+        return losses.tangent(space, arrays, options, reduction, logits_dot)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -177,27 +200,27 @@ class _Tangent(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Any) -> Any:
         if grad_loss is None:
             return (None,) * 8
         logits_dot, *arrays = ctx.saved_tensors
-        space = _arrays.of(logits=arrays[0])
-        _, sums, _ = losses.forward(space, *arrays, ctx.options, ctx.reduction)
-        by_dot = losses.backward(space, *arrays, ctx.options, ctx.reduction, grad_loss, sums)
-        by_logits = _second(logits_dot, grad_loss, None, arrays, ctx.options, ctx.reduction)[1]
-        return by_dot, by_logits, *(None,) * 6
+        rest = (*arrays, ctx.options, ctx.reduction)
+        by_logits = _GradTangent.call(grad_loss, None, logits_dot, *rest) if ctx.needs_input_grad[1] else None
+        return _Grad.call(grad_loss, None, *rest), by_logits, *(None,) * 6
 
-    vmap = _by_slices(lambda *args: _Tangent.apply(*args))  # type: ignore[no-untyped-call]
+    vmap = _by_slices(lambda *args: _Tangent.call(*args))
 
 
-class _GradTangent(torch.autograd.Function):
+class _GradTangent(_Function):
     """The gradient's derivative along (grad_loss_dot, logits_dot)."""
 
     @staticmethod
     def forward(grad_loss: Any, grad_loss_dot: Any, logits_dot: Any, *arguments: Any) -> Any:
-        *arrays, options, reduction = arguments
-        return _second(logits_dot, grad_loss, grad_loss_dot, arrays, options, reduction)[1]
+        arrays, (options, reduction) = arguments[:5], arguments[5:]
+        space = _arrays.of(logits=arrays[0], logits_dot=logits_dot)
+        _, sums = losses.tangent(space, arrays, options, reduction, logits_dot)
+        dots = (logits_dot, grad_loss, grad_loss_dot, sums)
+        return losses.backward_tangent(space, arrays, options, reduction, *dots)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -207,22 +230,7 @@ class _GradTangent(torch.autograd.Function):
     def backward(ctx: Any, _: Any) -> Any:
         raise RuntimeError("noisyseg_fast losses have first and second derivatives, no third ones")
 
-    vmap = _by_slices(lambda *args: _GradTangent.apply(*args))  # type: ignore[no-untyped-call]
-
-
-def _second(
-    logits_dot: Tensor,
-    grad_loss: Tensor,
-    grad_loss_dot: Maybe,
-    arrays: list[Any],
-    options: Options,
-    reduction: int,
-) -> tuple[Tensor, Tensor]:
-    """(loss_dot, grad_dot) along logits_dot."""
-    space = _arrays.of(logits=arrays[0], logits_dot=logits_dot)
-    loss_dot, sums = losses.tangent(space, *arrays, options, reduction, logits_dot)
-    dots = (logits_dot, grad_loss, grad_loss_dot, sums)
-    return loss_dot, losses.backward_tangent(space, *arrays, options, reduction, *dots)
+    vmap = _by_slices(lambda *args: _GradTangent.call(*args))
 
 
 # ---- compiled -------------------------------------------------------------------------------------
@@ -243,7 +251,7 @@ def _op(
     reduction: int,
 ) -> tuple[Tensor, Tensor]:
     arrays = (logits, target, weight, mask, class_weight)
-    return losses.forward(_arrays.of(logits=logits), *arrays, _options(options), reduction)[:2]
+    return losses.forward(_arrays.of(logits=logits), arrays, _options(options), reduction)[:2]
 
 
 @_op.register_fake
@@ -269,7 +277,7 @@ def _backward_op(
 ) -> Tensor:
     arrays = (logits, target, weight, mask, class_weight)
     grad: Tensor = losses.backward(
-        _arrays.of(logits=logits), *arrays, _options(options), reduction, grad_loss, sums
+        _arrays.of(logits=logits), arrays, _options(options), reduction, grad_loss, sums
     )
     return grad
 

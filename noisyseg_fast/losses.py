@@ -48,6 +48,9 @@ CLASS_WEIGHTS = ("uniform", "simple", "square")  # of generalized Dice: 1 / volu
 REDUCTIONS = ("mean", "sum", "none", "image")
 
 
+Arrays = tuple[Any, Any, Any, Any, Any]  # logits, target, weight, mask, class_weight; None: not given
+
+
 class Options(NamedTuple):
     """What the kernels are told (csrc/include/noisyseg/losses.h), all numbers."""
 
@@ -106,7 +109,7 @@ def nr_dice_loss(
     options = _region_options(
         "nr_dice", activation, denominator, per_image, include_background, label_smoothing, eps
     )._replace(gamma=float(gamma))
-    return _loss(logits, target, weight, mask, None, options, ignore_index, reduction, return_grad)
+    return _loss((logits, target, weight, mask, None), options, ignore_index, reduction, return_grad)
 
 
 def dice_loss(
@@ -133,7 +136,7 @@ def dice_loss(
     options = _region_options(
         "dice", activation, denominator, per_image, include_background, label_smoothing, eps
     )
-    return _loss(logits, target, weight, mask, None, options, ignore_index, reduction, return_grad)
+    return _loss((logits, target, weight, mask, None), options, ignore_index, reduction, return_grad)
 
 
 def focal_dice_loss(
@@ -163,7 +166,7 @@ def focal_dice_loss(
     options = _region_options(
         "focal_dice", activation, denominator, per_image, include_background, label_smoothing, eps
     )._replace(dice_power=1.0 / beta)
-    return _loss(logits, target, weight, mask, None, options, ignore_index, reduction, return_grad)
+    return _loss((logits, target, weight, mask, None), options, ignore_index, reduction, return_grad)
 
 
 def generalized_dice_loss(
@@ -194,7 +197,7 @@ def generalized_dice_loss(
     options = _region_options(
         "generalized_dice", activation, denominator, per_image, include_background, label_smoothing, eps
     )._replace(volume_power=_index("class_weighting", class_weighting, CLASS_WEIGHTS))
-    return _loss(logits, target, weight, mask, None, options, ignore_index, reduction, return_grad)
+    return _loss((logits, target, weight, mask, None), options, ignore_index, reduction, return_grad)
 
 
 def pixel_loss(
@@ -242,7 +245,7 @@ def pixel_loss(
         **_pixel_options(kind, q, focal_gamma),
         label_smoothing=_fraction("label_smoothing", label_smoothing),
     )
-    return _loss(logits, target, weight, mask, class_weight, options, ignore_index, reduction, return_grad)
+    return _loss((logits, target, weight, mask, class_weight), options, ignore_index, reduction, return_grad)
 
 
 def dice_ce_loss(
@@ -273,9 +276,7 @@ def dice_ce_loss(
         _pixel_options("ce", 1, 0),
         (dice_weight, ce_weight),
         ("dice_weight", "ce_weight"),
-        _region_options(
-            "dice", activation, denominator, per_image, include_background, label_smoothing, eps
-        ),
+        _region_options("dice", activation, denominator, per_image, include_background, label_smoothing, eps),
         (logits, target, weight, mask, class_weight),
         ignore_index,
         reduction,
@@ -307,9 +308,7 @@ def dice_mae_loss(
         _pixel_options("mae", 1, 0),
         (dice_weight, mae_weight),
         ("dice_weight", "mae_weight"),
-        _region_options(
-            "dice", activation, denominator, per_image, include_background, label_smoothing, eps
-        ),
+        _region_options("dice", activation, denominator, per_image, include_background, label_smoothing, eps),
         (logits, target, weight, mask, class_weight),
         ignore_index,
         reduction,
@@ -347,7 +346,7 @@ def boundary_loss(
     chosen = None
     if not include_background and shape[1] > 1:
         chosen = [0.0] + [shape[1] / (shape[1] - 1)] * (shape[1] - 1)
-    return _loss(logits, distance_map, weight, mask, chosen, options, None, reduction, return_grad)
+    return _loss((logits, distance_map, weight, mask, chosen), options, None, reduction, return_grad)
 
 
 def consistency_loss(
@@ -379,7 +378,7 @@ def consistency_loss(
             f"target_logits has shape {tuple(target_logits.shape)}; it must be that of logits, "
             f"{tuple(logits.shape)}"
         )
-    return _loss(logits, target_logits, weight, mask, None, options, None, reduction, return_grad)
+    return _loss((logits, target_logits, weight, mask, None), options, None, reduction, return_grad)
 
 
 class NRDiceLoss(Module):
@@ -511,7 +510,7 @@ def _dice_and(
     scales: tuple[float, float],
     names: tuple[str, str],
     options: Options,
-    arrays: tuple[Any, ...],
+    arrays: Arrays,
     ignore_index: int | None,
     reduction: str,
     return_grad: bool,
@@ -522,7 +521,7 @@ def _dice_and(
     if reduction == "none":
         raise ValueError("reduction 'none' has no meaning for a sum of two losses; use mean, sum or image")
     options = options._replace(region_scale=float(scales[0]), pixel_scale=float(scales[1]), **pixel)
-    return _loss(*arrays, options, ignore_index, reduction, return_grad)
+    return _loss(arrays, options, ignore_index, reduction, return_grad)
 
 
 # ---- checks ---------------------------------------------------------------------------------------
@@ -605,11 +604,7 @@ def _class_weight(space: _arrays.Namespace, logits: Any, class_weight: Any) -> A
 
 
 def _loss(
-    logits: Any,
-    target: Any,
-    weight: Any,
-    mask: Any,
-    class_weight: Any,
+    arrays: Arrays,
     options: Options,
     ignore_index: int | None,
     reduction: str,
@@ -622,19 +617,20 @@ def _loss(
         if int(ignore_index) != ignore_index or abs(ignore_index) > 2**53:
             raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")
         options = options._replace(has_ignore=True, ignore=int(ignore_index))
+    logits, target, weight, mask, class_weight = arrays
     space = _arrays.of(logits=logits, target=target, weight=weight, mask=mask)
     target, weight, mask = _check(space, logits, target, weight, mask, options)
     if class_weight is not None:
         class_weight = _class_weight(space, logits, class_weight)
     arrays = (logits, target, weight, mask, class_weight)
     if return_grad:
-        loss, grad = value_and_grad(space, *arrays, options, red)
+        loss, grad = value_and_grad(space, arrays, options, red)
         return space.back(loss), space.back(grad)
     if space.name == "torch":
         from . import _autograd
 
-        return _autograd.loss(*arrays, options, red)
-    return space.back(forward(space, *arrays, options, red)[0])
+        return _autograd.loss(arrays, options, red)
+    return space.back(forward(space, arrays, options, red)[0])
 
 
 def _view(space: _arrays.Namespace, x: Any) -> _arrays.View | None:
@@ -673,20 +669,17 @@ def _workspace(space: _arrays.Namespace, logits: _arrays.View) -> tuple[Any, int
 
 def forward(
     space: _arrays.Namespace,
-    logits: Any,
-    target: Any,
-    weight: Any,
-    mask: Any,
-    class_weight: Any,
+    arrays: Arrays,
     options: Options,
     reduction: int,
     keep: Any = None,
 ) -> tuple[Any, Any, bool]:
     """(loss, sums, kept): sums float64 is what the backward call needs besides the inputs.
 
-    keep: like logits, or None; memory for the gradient, of which `kept` says whether backward may start from it.
+    keep: like logits, or None; memory for the gradient; `kept` says whether it holds that of the loss itself.
     """
-    shape, views = tuple(logits.shape), _views(space, (logits, target, weight, mask, class_weight))
+    logits = arrays[0]
+    shape, views = tuple(logits.shape), _views(space, arrays)
     loss = space.empty(loss_shape(shape, options, reduction), loss_dtype(space.dtype(logits)))
     sums = space.empty(sums_shape(shape), "float64")
     memory, address = _workspace(space, views[0])  # type: ignore[arg-type]
@@ -709,27 +702,25 @@ def forward(
 
 def backward(
     space: _arrays.Namespace,
-    logits: Any,
-    target: Any,
-    weight: Any,
-    mask: Any,
-    class_weight: Any,
+    arrays: Arrays,
     options: Options,
     reduction: int,
     grad_loss: Any,
     sums: Any,
-    kept: Any = None,
+    grad: Any = None,
+    kept: bool = False,
 ) -> Any:
-    """The gradient, like logits. kept: what the forward call filled; becomes the gradient."""
-    grad = space.empty_like(logits) if kept is None else kept
+    """The gradient, like logits, into grad if given. kept: the forward call has filled grad."""
+    if grad is None:
+        grad = space.empty_like(arrays[0])
     _core.loss_backward(
-        *_views(space, (logits, target, weight, mask, class_weight)),
+        *_views(space, arrays),
         options,
         reduction,
         space.view(grad_loss),
         space.view(sums),
         space.view(grad),
-        kept is not None,
+        kept,
         space.exec,
     )
     return grad
@@ -737,34 +728,26 @@ def backward(
 
 def value_and_grad(
     space: _arrays.Namespace,
-    logits: Any,
-    target: Any,
-    weight: Any,
-    mask: Any,
-    class_weight: Any,
+    arrays: Arrays,
     options: Options,
     reduction: int,
 ) -> tuple[Any, Any]:
     """(loss, gradient of its sum)."""
-    arrays = (logits, target, weight, mask, class_weight)
-    grad = space.empty_like(logits)
-    loss, sums, kept = forward(space, *arrays, options, reduction, grad)
+    grad = space.empty_like(arrays[0])
+    loss, sums, kept = forward(space, arrays, options, reduction, grad)
     ones = space.ones_like(loss)
-    return loss, backward(space, *arrays, options, reduction, ones, sums, grad if kept else None)
+    return loss, backward(space, arrays, options, reduction, ones, sums, grad, kept)
 
 
 def tangent(
     space: _arrays.Namespace,
-    logits: Any,
-    target: Any,
-    weight: Any,
-    mask: Any,
-    class_weight: Any,
+    arrays: Arrays,
     options: Options,
     reduction: int,
     logits_dot: Any,
 ) -> tuple[Any, Any]:
     """(loss_dot, sums): the derivative of the loss along logits_dot, and what backward_tangent needs."""
+    logits = arrays[0]
     shape, view = tuple(logits.shape), space.view(logits)
     loss_dot = space.empty(loss_shape(shape, options, reduction), loss_dtype(space.dtype(logits)))
     sums = space.empty((*sums_shape(shape), 2), "float64")
@@ -772,7 +755,7 @@ def tangent(
     _core.loss_tangent(
         view,
         space.view(logits_dot),
-        *_views(space, (target, weight, mask, class_weight)),
+        *_views(space, arrays[1:]),
         options,
         reduction,
         space.view(loss_dot),
@@ -786,11 +769,7 @@ def tangent(
 
 def backward_tangent(
     space: _arrays.Namespace,
-    logits: Any,
-    target: Any,
-    weight: Any,
-    mask: Any,
-    class_weight: Any,
+    arrays: Arrays,
     options: Options,
     reduction: int,
     logits_dot: Any,
@@ -799,11 +778,11 @@ def backward_tangent(
     sums: Any,
 ) -> Any:
     """The derivative of the gradient along (logits_dot, grad_loss_dot); grad_loss_dot may be None."""
-    grad_dot = space.empty_like(logits)
+    grad_dot = space.empty_like(arrays[0])
     _core.loss_backward_tangent(
-        space.view(logits),
+        space.view(arrays[0]),
         space.view(logits_dot),
-        *_views(space, (target, weight, mask, class_weight)),
+        *_views(space, arrays[1:]),
         options,
         reduction,
         space.view(grad_loss),

@@ -58,9 +58,7 @@ def _reduce(loss: Tensor, reduction: str) -> Tensor:
     return reduce[reduction](loss)
 
 
-def _sums(
-    maps: Sequence[Tensor], w: Tensor, per_image: bool, include_background: bool
-) -> list[Tensor]:
+def _sums(maps: Sequence[Tensor], w: Tensor, per_image: bool, include_background: bool) -> list[Tensor]:
     """Weighted sums of (B, C, *S) maps: (B, C), or (C,) over the batch."""
     sums = []
     for x in maps:
@@ -187,9 +185,7 @@ def _entropy(g: Tensor) -> Tensor:
     return torch.xlogy(g, g)
 
 
-def _pixel_terms(
-    logits: Tensor, g: Tensor, kind: str, activation: str, parameter: float
-) -> Tensor:
+def _pixel_terms(logits: Tensor, g: Tensor, kind: str, activation: str, parameter: float) -> Tensor:
     """(B, C, *S): what each class adds to the loss of its pixel."""
     classes = logits.shape[1]
     if activation == "sigmoid":
@@ -236,8 +232,9 @@ def pixel_loss(
     """Loss map times weight; "mean" divides by the pixels that are in (or their labels' class weights)."""
     w, inside = _pixel_weight(logits, weight, mask, target, ignore_index)
     labels = _per_class(logits, target)
-    given = torch.ones(logits.shape[1]) if class_weight is None else torch.as_tensor(class_weight)
-    cw = given.to(logits).reshape((1, -1) + (1,) * (logits.ndim - 2))
+    given = [1.0] * logits.shape[1] if class_weight is None else class_weight
+    cw = torch.as_tensor(given, dtype=logits.dtype, device=logits.device)
+    cw = cw.reshape((1, -1) + (1,) * (logits.ndim - 2))
     g = labels if kind == "boundary" else _smooth(labels, label_smoothing)
     parameter = {"gce": q, "focal": focal_gamma}.get(kind, 0.0)
     loss = (cw * _pixel_terms(logits, g, kind, activation, parameter)).sum(1)

@@ -7,8 +7,9 @@
 // forty operations ahead, and a loop with everything in it would wait for its own long chain.
 //
 // Bytes per pixel and channel, fp32 logits and uint8 labels. Pixel loss, value and gradient in the forward
-// call: 5 read, 4 written; the backward call then has nothing to do. Region loss: forward 5 read, 4 written
-// (|p - g|, which saves the exponentials later); backward 5 read, 4 written.
+// call: 5 read, 4 written; the backward call then has nothing to do. Region loss: forward 5 read; backward 5
+// read, 4 written. (Keeping |p - g| for the backward call would save its exponentials, but the memory that it
+// goes through costs as much: 5 to 10 % faster, tried and left out.)
 #include "cpu/losses.h"
 
 namespace noisyseg::NOISYSEG_ISA {
@@ -42,10 +43,10 @@ class Block {
     for (int i = 0; i < np; ++i) weights_[i] = i >= n ? 0.f : weight ? weight[i] : 1.f;
     if (p_.mask) {
       const float* keep = load(p_.mask, p_.layout, b_ * p_.mask.batch, q, n, scratch_);
-      for (int i = 0; i < np; ++i) weights_[i] = keep[i] != 0.f ? weights_[i] : 0.f;
+      for (int i = 0; i < np; ++i) weights_[i] = choose(keep[i] != 0.f, weights_[i], 0.f);
     }
     if (ignored)
-      for (int i = 0; i < n; ++i) weights_[i] = ignored_[i] != 0.f ? 0.f : weights_[i];
+      for (int i = 0; i < n; ++i) weights_[i] = choose(ignored_[i] != 0.f, 0.f, weights_[i]);
     w = weights_;
     fix_labels();
   }
@@ -55,10 +56,10 @@ class Block {
     for (int i = 0; i < np; ++i) out[i] = i < n ? 1.f : 0.f;
     if (p_.mask) {
       const float* keep = load(p_.mask, p_.layout, b_ * p_.mask.batch, q_, n, scratch_);
-      for (int i = 0; i < n; ++i) out[i] = keep[i] != 0.f ? out[i] : 0.f;
+      for (int i = 0; i < n; ++i) out[i] = choose(keep[i] != 0.f, out[i], 0.f);
     }
     if (p_.labels && o_.has_ignore)
-      for (int i = 0; i < n; ++i) out[i] = ignored_[i] != 0.f ? 0.f : out[i];
+      for (int i = 0; i < n; ++i) out[i] = choose(ignored_[i] != 0.f, 0.f, out[i]);
     if (class_weights)
       for (int i = 0; i < n; ++i)
         out[i] = out[i] != 0.f && label_[i] >= 0.f ? class_weights[static_cast<int>(label_[i])] : 0.f;
@@ -68,7 +69,8 @@ class Block {
 
   // The target of class c.
   const float* target(int64_t c, float* buffer) const {
-    const float s = static_cast<float>(o_.label_smoothing), k = static_cast<float>(classes_of(p_.layout.channels));
+    const float s = static_cast<float>(o_.label_smoothing),
+                k = static_cast<float>(classes_of(p_.layout.channels));
     if (p_.labels) return select(c, 1.f - s + s / k, s / k, buffer);
     const float* g = load(p_.target, p_.layout, b_ * p_.target.batch + c * p_.target.channel, q_, n, buffer);
     if (o_.target_is_logits && o_.activation == Activation::softmax) {
@@ -101,12 +103,14 @@ class Block {
 
   void target_softmax() {
     for (int64_t c = 0; c < p_.layout.channels; ++c) {
-      const float* z = load(p_.target, p_.layout, b_ * p_.target.batch + c * p_.target.channel, q_, n, scratch_);
+      const float* z =
+          load(p_.target, p_.layout, b_ * p_.target.batch + c * p_.target.channel, q_, n, scratch_);
       for (int i = 0; i < np; ++i) top_[i] = c == 0 ? z[i] : max_(top_[i], z[i]);
     }
     for (int i = 0; i < np; ++i) inverse_[i] = 0.f;
     for (int64_t c = 0; c < p_.layout.channels; ++c) {
-      const float* z = load(p_.target, p_.layout, b_ * p_.target.batch + c * p_.target.channel, q_, n, scratch_);
+      const float* z =
+          load(p_.target, p_.layout, b_ * p_.target.batch + c * p_.target.channel, q_, n, scratch_);
       for (int i = 0; i < np; ++i) inverse_[i] += exp_(z[i] - top_[i]);
     }
     for (int i = 0; i < np; ++i) inverse_[i] = 1.f / inverse_[i];
@@ -208,18 +212,15 @@ void half_sigmoids(const float* z, int n, float* h, float* large) {
 
 // What a block's pixels are given as.
 enum Given : int {
-  hard,           // logits and the sides of hard labels (hard_pixel)
-  soft,           // logits and targets
-  probabilities,  // probabilities and targets
-  kept            // what the forward call left of hard pixels: the smaller of sqrt p and sqrt q, its sign
-                  // telling whether that is sqrt |p - g| (+) or the other one (-)
+  hard,          // logits and the sides of hard labels (hard_pixel)
+  soft,          // logits and targets
+  probabilities  // probabilities and targets
 };
 
 // Loops over a block, chosen once for a call: no loop branches.
 struct RegionLoops {
-  void (*sums[3][2])(const float* x, const float* g, const float* w, int n, float gamma, double* out,
-                     float* keep);
-  void (*slopes[4][2])(const float* x, const float* g, const float* w, int n, float gamma, float by_numerator,
+  void (*sums[3][2])(const float* x, const float* g, const float* w, int n, float gamma, double* out);
+  void (*slopes[3][2])(const float* x, const float* g, const float* w, int n, float gamma, float by_numerator,
                        float by_denominator, float* out);
 };
 
@@ -227,14 +228,9 @@ template <Ratio ratio, Power power, bool squared>
 struct Region {
   // Adds N and D of a block to out.
   template <Given given, bool weighted>
-  static void sums(const float* x, const float* g, const float* w, int n, float gamma, double* out,
-                   float* keep) {
+  static void sums(const float* x, const float* g, const float* w, int n, float gamma, double* out) {
     float numerator[lanes] = {}, denominator[lanes] = {}, h[block_pixels], large[block_pixels];
     if (given != probabilities) half_sigmoids(x, n, h, large);
-    if (given == hard && keep) {
-#pragma GCC ivdep
-      for (int i = 0; i < n; ++i) keep[i] = keep_pixel(x[i], g[i], h[i], large[i]);
-    }
     for (int i = 0; i < n; i += lanes) {
 #pragma GCC ivdep
       for (int l = 0; l < lanes; ++l) {
@@ -250,8 +246,8 @@ struct Region {
           de = ratio_denominator<squared>(a.p, g[i + l]);
         }
         if (weighted) {
-          numerator[l] += w[i + l] != 0.f ? w[i + l] * nu : 0.f;
-          denominator[l] += w[i + l] != 0.f ? w[i + l] * de : 0.f;
+          numerator[l] += choose(w[i + l] != 0.f, w[i + l] * nu, 0.f);
+          denominator[l] += choose(w[i + l] != 0.f, w[i + l] * de, 0.f);
         } else {
           numerator[l] += nu;
           denominator[l] += de;
@@ -267,28 +263,22 @@ struct Region {
   static void slopes(const float* x, const float* g, const float* w, int n, float gamma, float by_numerator,
                      float by_denominator, float* out) {
     float h[block_pixels], large[block_pixels];
-    if (given == hard || given == soft) half_sigmoids(x, n, h, large);
-    if (given == kept) {
-#pragma GCC ivdep
-      for (int i = 0; i < n; ++i) large[i] = sqrt_(1.f - x[i] * x[i]);
-    }
+    if (given != probabilities) half_sigmoids(x, n, h, large);
 #pragma GCC ivdep
     for (int i = 0; i < n; ++i) {
       float d;
-      if (given == hard || given == kept) {
-        const HardPixel<float> a =
-            given == hard ? hard_pixel(x[i], g[i], h[i], large[i]) : kept_pixel(x[i], g[i], large[i]);
+      if (given == hard) {
+        const HardPixel<float> a = hard_pixel(x[i], g[i], h[i], large[i]);
         d = by_numerator * ratio_numerator_slope<ratio, power>(a.difference, a.g, gamma) +
             by_denominator * ratio_denominator_slope<squared>(a.p);
         d *= a.edge * a.edge;
       } else {
-        const Probability<float> a =
-            given == soft ? sigmoid(x[i], h[i], large[i]) : given_probability(x[i]);
+        const Probability<float> a = given == soft ? sigmoid(x[i], h[i], large[i]) : given_probability(x[i]);
         d = by_numerator * ratio_numerator_slope<ratio, power>(difference<false>(a, g[i]), g[i], gamma) +
             by_denominator * ratio_denominator_slope<squared>(a.p);
         if (given == soft) d *= a.p * a.q;
       }
-      if (weighted) d = w[i] != 0.f ? d * w[i] : 0.f;
+      if (weighted) d = choose(w[i] != 0.f, d * w[i], 0.f);
       out[i] = d;
     }
   }
@@ -299,8 +289,7 @@ struct Region {
              {sums<probabilities, false>, sums<probabilities, true>}},
             {{slopes<hard, false>, slopes<hard, true>},
              {slopes<soft, false>, slopes<soft, true>},
-             {slopes<probabilities, false>, slopes<probabilities, true>},
-             {slopes<kept, false>, slopes<kept, true>}}};
+             {slopes<probabilities, false>, slopes<probabilities, true>}}};
   }
 };
 
@@ -358,9 +347,8 @@ struct Pixel {
     if (needs_log)
       for (int i = 0; i < n; ++i) log_sum[i] = log1p_(e[i], inverse[i]);
     for (int i = 0; i < n; ++i) {
-      const LossSlope<float> r =
-          binary_hard<kind>(binary_pixel(z[i], side[i], e[i], inverse[i], needs_log ? log_sum[i] : 0.f),
-                            parameter, power);
+      const LossSlope<float> r = binary_hard<kind>(
+          binary_pixel(z[i], side[i], e[i], inverse[i], needs_log ? log_sum[i] : 0.f), parameter, power);
       if (wanted != Wanted::slope) loss[i] = r.loss;
       if (wanted != Wanted::value) slope[i] = side[i] * r.slope;
     }
@@ -377,8 +365,7 @@ struct Pixel {
       for (int i = 0; i < n; ++i) log_sum[i] = log1p_(e[i], inverse[i]);
     for (int i = 0; i < n; ++i) {  // of class 1: s = q, t = p
       const BinaryPixel<float> a = binary_pixel(z[i], -1.f, e[i], inverse[i], needs_log ? log_sum[i] : 0.f);
-      const LossSlope<float> r =
-          binary_soft<kind>(a.t, a.s, a.nll_t, a.nll_s, g[i], parameter, power);
+      const LossSlope<float> r = binary_soft<kind>(a.t, a.s, a.nll_t, a.nll_s, g[i], parameter, power);
       if (wanted != Wanted::slope) loss[i] = r.loss;
       if (wanted != Wanted::value) slope[i] = r.slope;
     }
@@ -388,8 +375,7 @@ struct Pixel {
                        int n, float parameter, float inverse_classes, float* __restrict loss,
                        float* __restrict slope) {
     for (int i = 0; i < n; ++i) {
-      const LossSlope<float> r =
-          one_of<kind>(s[i], t[i], nll[i], parameter, power, inverse_classes);
+      const LossSlope<float> r = one_of<kind>(s[i], t[i], nll[i], parameter, power, inverse_classes);
       loss[i] = r.loss;
       slope[i] = r.slope;
     }
@@ -399,8 +385,7 @@ struct Pixel {
                        int n, float parameter, float inverse_classes, float share, float* __restrict loss,
                        float* __restrict slope) {
     for (int i = 0; i < n; ++i) {
-      const LossSlope<float> r =
-          formulas::term<kind>(p[i], nll[i], g[i], parameter, power, inverse_classes);
+      const LossSlope<float> r = formulas::term<kind>(p[i], nll[i], g[i], parameter, power, inverse_classes);
       loss[i] += share * r.loss;
       slope[i] = share * r.slope;
     }
@@ -438,8 +423,8 @@ struct Loss {
   int64_t channels, first, chunks;
   int block;
   bool labels_only;  // hard labels, and under softmax the label's own probability is all the pixel loss needs
-  bool binary;   // softmax over two classes with hard labels: one sigmoid of the difference
-  bool general;  // softmax otherwise
+  bool binary;       // softmax over two classes with hard labels: one sigmoid of the difference
+  bool general;      // softmax otherwise
 
   Loss(const Planes& planes, const LossOptions& options, const Array& class_weight)
       : p(planes), o(options), has_class_weight(static_cast<bool>(class_weight)) {
@@ -447,7 +432,8 @@ struct Loss {
     const bool hard = p.labels && o.label_smoothing == 0, softmax = o.activation == Activation::softmax;
     labels_only = hard && o.pixel != PixelLoss::boundary && o.pixel != PixelLoss::mse &&
                   !(o.pixel == PixelLoss::mae && class_weight);
-    binary = softmax && channels == 2 && hard && (labels_only || (o.pixel == PixelLoss::mse && !class_weight));
+    binary =
+        softmax && channels == 2 && hard && (labels_only || (o.pixel == PixelLoss::mse && !class_weight));
     general = softmax && !binary;
     block = softmax ? block_of(channels) : block_pixels;
     if (o.region != RegionLoss::none) region = region_loops(o);
@@ -503,26 +489,30 @@ struct Loss {
     for (int64_t c = 0; c < channels; ++c) {
       const float* z = logits(b, c, q, n, buffer);
       float* __restrict top = x.top;
+      float* __restrict row = x.e + c * block;
+      // A copy: the classes' planes are often a power of two apart, which the caches bear only once.
       if (c == 0)
-        for (int i = 0; i < np; ++i) top[i] = z[i];
+        for (int i = 0; i < np; ++i) row[i] = top[i] = z[i];
       else
-        for (int i = 0; i < np; ++i) top[i] = max_(top[i], z[i]);
+        for (int i = 0; i < np; ++i) row[i] = z[i], top[i] = max_(top[i], z[i]);
     }
     for (int i = 0; i < np; ++i) mine[i] = 0.f, others[i] = 0.f;
     for (int64_t c = 0; c < channels; ++c) {
-      const float* z = logits(b, c, q, n, buffer);
       const float* __restrict top = x.top;
       float* __restrict e = x.e + c * block;
       const float wanted = static_cast<float>(c);
-      for (int i = 0; i < np; ++i) e[i] = exp_(z[i] - top[i]);
       if (own)
         for (int i = 0; i < np; ++i) {
-          const bool is = label[i] == wanted;
-          mine[i] = is ? z[i] - top[i] : mine[i];
-          others[i] += is ? 0.f : e[i];
+          const float centred = e[i] - top[i], exponential = exp_(centred);
+          e[i] = exponential;
+          mine[i] += choose(label[i] == wanted, centred, 0.f);
+          others[i] += choose(label[i] == wanted, 0.f, exponential);
         }
       else
-        for (int i = 0; i < np; ++i) others[i] += e[i];
+        for (int i = 0; i < np; ++i) {
+          e[i] = exp_(e[i] - top[i]);
+          others[i] += e[i];
+        }
     }
     if (!own) {
       for (int i = 0; i < np; ++i) x.sum[i] = others[i], x.inverse[i] = 1.f / others[i];
@@ -560,7 +550,8 @@ struct Loss {
   void times_class_weight(const Block& pixels, float* x) const {
     if (!has_class_weight) return;
     const float* label = pixels.label();
-    for (int i = 0; i < pixels.np; ++i) x[i] *= class_weights[label[i] > 0.f ? static_cast<int>(label[i]) : 0];
+    for (int i = 0; i < pixels.np; ++i)
+      x[i] *= class_weights[label[i] > 0.f ? static_cast<int>(label[i]) : 0];
   }
 
   void pixel_terms(const Block& pixels, int64_t b, int64_t c, int64_t q, const Softmax& x, float* loss,
@@ -572,16 +563,13 @@ struct Loss {
                1.f / static_cast<float>(channels), class_weights[c], loss, u);
   }
 
-  // How a forward call may leave something in the gradient's memory.
-  enum class Keep { nothing, gradient, pixels };
-
-  // partial: (C + 1, 3). factor: of Keep::gradient, with which the pixel loss's sum enters the loss.
-  bool forward_chunk(int64_t b, int64_t chunk, Keep keep, double factor, double* partial) const {
+  // partial: (C + 1, 3). slopes: whether to write the gradient too; factor: with which the pixel loss's sum
+  // then enters the loss.
+  bool forward_chunk(int64_t b, int64_t chunk, bool slopes, double factor, double* partial) const {
     Softmax x;
-    alignas(64) float z[block_pixels], g[block_pixels], buffer[block_pixels], kept[block_pixels];
+    alignas(64) float z[block_pixels], g[block_pixels], buffer[block_pixels];
     alignas(64) float loss[block_pixels], part[block_pixels], slope[block_pixels], k[block_pixels];
     const float parameter = static_cast<float>(o.parameter), gamma = static_cast<float>(o.gamma);
-    const bool slopes = keep == Keep::gradient;
     Block pixels(p, o, b);
     bool good = true;
     for (int64_t v = 0; v < sums_per_chunk * (channels + 1); ++v) partial[v] = 0;
@@ -599,12 +587,10 @@ struct Loss {
       if (binary) {
         difference_of_two(pixels, b, q, z, g);
         if (has_region()) {
-          region.sums[Given::hard][weighted](z, g, w, np, gamma, partial + sums_per_chunk,
-                                             keep == Keep::pixels ? kept : nullptr);
-          if (keep == Keep::pixels) store(p.other, p.layout, other(b, 1), q, n, kept);
+          region.sums[Given::hard][weighted](z, g, w, np, gamma, partial + sums_per_chunk);
           if (first == 0) {
             for (int i = 0; i < np; ++i) buffer[i] = -z[i], part[i] = -g[i];
-            region.sums[Given::hard][weighted](buffer, part, w, np, gamma, partial, nullptr);
+            region.sums[Given::hard][weighted](buffer, part, w, np, gamma, partial);
           }
         }
         if (has_pixel()) {
@@ -618,12 +604,9 @@ struct Loss {
       } else if (general) {
         softmax(pixels, b, q, x);
         if (needs_probabilities()) normalise(x, np);
-        for (int64_t c = first; has_region() && c < channels; ++c) {
+        for (int64_t c = first; has_region() && c < channels; ++c)
           region.sums[Given::probabilities][weighted](x.e + c * block, pixels.target(c, g), w, np, gamma,
-                                                      partial + sums_per_chunk * c, nullptr);
-        }
-        if (keep == Keep::pixels)
-          for (int64_t c = 0; c < channels; ++c) store(p.other, p.layout, other(b, c), q, n, x.e + c * block);
+                                                      partial + sums_per_chunk * c);
         if (has_pixel() && one_of()) {
           pixel.one_of(x.s, x.t, x.nll, np, parameter, 1.f / static_cast<float>(channels), loss, slope);
           times_class_weight(pixels, loss);
@@ -635,12 +618,9 @@ struct Loss {
         for (int64_t c = 0; c < channels; ++c) {
           const float* from = logits(b, c, q, n, z);
           const float* to = hard() ? pixels.sides(c, g) : pixels.target(c, g);
-          if (has_region() && c >= first) {
-            float* out = keep == Keep::pixels ? destination(p.other, p.layout, other(b, c), q, n, kept) : nullptr;
+          if (has_region() && c >= first)
             region.sums[hard() ? Given::hard : Given::soft][weighted](from, to, w, np, gamma,
-                                                                      partial + sums_per_chunk * c, out);
-            if (out == kept) store(p.other, p.layout, other(b, c), q, n, kept);
-          }
+                                                                      partial + sums_per_chunk * c);
           if (!has_pixel()) continue;
           const auto run = (hard() ? pixel.hard : pixel.soft)[slopes ? Wanted::both : Wanted::value];
           run(from, to, np, parameter, part, slope);
@@ -654,12 +634,13 @@ struct Loss {
           const float* to = pixels.target(c, g);
           float volume[lanes] = {};
           for (int i = 0; i < np; i += lanes)
-            for (int l = 0; l < lanes; ++l) volume[l] += weighted ? (w[i + l] != 0.f ? w[i + l] * to[i + l] : 0.f) : to[i + l];
+            for (int l = 0; l < lanes; ++l)
+              volume[l] += weighted ? choose(w[i + l] != 0.f, w[i + l] * to[i + l], 0.f) : to[i + l];
           partial[sums_per_chunk * c + 2] += sum_lanes(volume);
         }
       if (!has_pixel()) continue;
       if (weighted)
-        for (int i = 0; i < np; ++i) loss[i] = w[i] != 0.f ? w[i] * loss[i] : 0.f;
+        for (int i = 0; i < np; ++i) loss[i] = choose(w[i] != 0.f, w[i] * loss[i], 0.f);
       float total[lanes] = {};
       for (int i = 0; i < np; i += lanes) {
 #pragma GCC ivdep
@@ -678,7 +659,7 @@ struct Loss {
   // A masked pixel stays out even if its logits are NaN.
   void put(const Block& pixels, int64_t b, int64_t c, int64_t q, float* values) const {
     if (const float* w = pixels.w)
-      for (int i = 0; i < pixels.np; ++i) values[i] = w[i] != 0.f ? values[i] : 0.f;
+      for (int i = 0; i < pixels.np; ++i) values[i] = choose(w[i] != 0.f, values[i], 0.f);
     store(p.other, p.layout, other(b, c), q, pixels.n, values);
   }
   void put_binary(const Block& pixels, int64_t b, int64_t q, float* slope, const float* k) const {
@@ -695,7 +676,7 @@ struct Loss {
     const float* w = pixels.w;
     const float part = share(c);
     if (w)
-      for (int i = 0; i < pixels.np; ++i) out[i] = w[i] != 0.f ? slope[i] * (k[i] * part) : 0.f;
+      for (int i = 0; i < pixels.np; ++i) out[i] = choose(w[i] != 0.f, slope[i] * (k[i] * part), 0.f);
     else
       for (int i = 0; i < pixels.np; ++i) out[i] = slope[i] * (k[i] * part);
     if (out == buffer) store(p.other, p.layout, other(b, c), q, pixels.n, buffer);
@@ -723,12 +704,10 @@ struct Loss {
         float* __restrict to = destination(p.other, p.layout, other(b, c), q, pixels.n, out);
         const float wanted = static_cast<float>(c);
         if (w)
-          for (int i = 0; i < np; ++i) {
-            const float d = label[i] == wanted ? own[i] : sum[i] * e[i];
-            to[i] = w[i] != 0.f ? d : 0.f;
-          }
+          for (int i = 0; i < np; ++i)
+            to[i] = choose(w[i] != 0.f, choose(label[i] == wanted, own[i], sum[i] * e[i]), 0.f);
         else
-          for (int i = 0; i < np; ++i) to[i] = label[i] == wanted ? own[i] : sum[i] * e[i];
+          for (int i = 0; i < np; ++i) to[i] = choose(label[i] == wanted, own[i], sum[i] * e[i]);
         if (to == out) store(p.other, p.layout, other(b, c), q, pixels.n, out);
       }
       return;
@@ -740,15 +719,14 @@ struct Loss {
       float* __restrict uc = u + c * block;
       for (int i = 0; i < np; ++i) uc[i] = 0.f;
       if (has_region() && c >= first) {
-        region.slopes[Given::probabilities][w != nullptr](e, pixels.target(c, g), w, np,
-                                                          static_cast<float>(o.gamma),
-                                                          static_cast<float>(by[2 * c]),
-                                                          static_cast<float>(by[2 * c + 1]), out);
+        region.slopes[Given::probabilities][w != nullptr](
+            e, pixels.target(c, g), w, np, static_cast<float>(o.gamma), static_cast<float>(by[2 * c]),
+            static_cast<float>(by[2 * c + 1]), out);
         for (int i = 0; i < np; ++i) uc[i] = -e[i] * out[i];
       }
       const float wanted = static_cast<float>(c);
       if (labels_only) {
-        for (int i = 0; i < np; ++i) uc[i] += label[i] == wanted ? own[i] : 0.f;
+        for (int i = 0; i < np; ++i) uc[i] += choose(label[i] == wanted, own[i], 0.f);
       } else if (has_pixel()) {
         for (int i = 0; i < np; ++i) unused[i] = 0.f;
         pixel_terms(pixels, b, c, q, x, unused, out);
@@ -764,7 +742,7 @@ struct Loss {
 
   // by: (C, 2), the loss's derivatives with respect to N and D of each class, times the gradient of the loss.
   // factor: with which the pixel loss's sum enters, or its map's gradient, likewise.
-  void backward_chunk(int64_t b, int64_t chunk, const double* by, double factor, bool kept) const {
+  void backward_chunk(int64_t b, int64_t chunk, const double* by, double factor) const {
     Softmax x;
     alignas(64) float z[block_pixels], g[block_pixels], d[block_pixels], k[block_pixels];
     alignas(64) float buffer[block_pixels], unused[block_pixels], slope[block_pixels];
@@ -780,17 +758,13 @@ struct Loss {
           k[i] = static_cast<float>(factor) * (map ? map[i] : 1.f) * (w ? w[i] : 1.f);
       }
       if (binary) {
-        if (kept)
-          load_into(p.other, other(b, 1), q, n, z);
-        else
-          difference_of_two(pixels, b, q, z, g);
-        if (kept) pixels.sides(1, g);
+        difference_of_two(pixels, b, q, z, g);
         for (int i = 0; i < np; ++i) d[i] = 0.f;
         if (has_region()) {
-          const auto run = region.slopes[kept ? Given::kept : Given::hard][w != nullptr];
+          const auto run = region.slopes[Given::hard][w != nullptr];
           run(z, g, w, np, gamma, static_cast<float>(by[2]), static_cast<float>(by[3]), d);
           if (first == 0) {
-            for (int i = 0; i < np; ++i) buffer[i] = kept ? z[i] : -z[i], unused[i] = -g[i];
+            for (int i = 0; i < np; ++i) buffer[i] = -z[i], unused[i] = -g[i];
             run(buffer, unused, w, np, gamma, static_cast<float>(by[0]), static_cast<float>(by[1]), slope);
             for (int i = 0; i < np; ++i) d[i] -= slope[i];
           }
@@ -802,22 +776,18 @@ struct Loss {
         }
         put_binary(pixels, b, q, d, nullptr);
       } else if (general) {
-        if (kept) {
-          for (int64_t c = 0; c < channels; ++c) load_into(p.other, other(b, c), q, n, x.e + c * block);
-        } else {
-          softmax(pixels, b, q, x);
-          if (needs_probabilities()) normalise(x, np);
-        }
+        softmax(pixels, b, q, x);
+        if (needs_probabilities()) normalise(x, np);
         general_gradient(pixels, b, q, x, k, by);
       } else {
         for (int64_t c = 0; c < channels; ++c) {
-          const float* from =
-              kept ? load(p.other, p.layout, other(b, c), q, n, z) : logits(b, c, q, n, z);
+          const float* from = logits(b, c, q, n, z);
           const float* to = hard() ? pixels.sides(c, g) : pixels.target(c, g);
           float* out = destination(p.other, p.layout, other(b, c), q, n, d);
           if (has_region() && c >= first)
-            region.slopes[kept ? Given::kept : hard() ? Given::hard : Given::soft][w != nullptr](
-                from, to, w, np, gamma, static_cast<float>(by[2 * c]), static_cast<float>(by[2 * c + 1]), out);
+            region.slopes[hard() ? Given::hard : Given::soft][w != nullptr](
+                from, to, w, np, gamma, static_cast<float>(by[2 * c]), static_cast<float>(by[2 * c + 1]),
+                out);
           else
             for (int i = 0; i < np; ++i) out[i] = 0.f;
           if (has_pixel()) {
@@ -825,7 +795,7 @@ struct Loss {
             const float part = share(c);
             for (int i = 0; i < np; ++i) {
               const float sum = out[i] + slope[i] * (k[i] * part);
-              out[i] = !w || w[i] != 0.f ? sum : 0.f;
+              out[i] = w ? choose(w[i] != 0.f, sum, 0.f) : sum;
             }
           }
           if (out == d) store(p.other, p.layout, other(b, c), q, n, d);
@@ -834,21 +804,14 @@ struct Loss {
     }
   }
 
-  // Like load, but never in place.
-  void load_into(const Plane& plane, int64_t base, int64_t q, int n, float* out) const {
-    const float* from = load(plane, p.layout, base, q, n, out);
-    if (from != out)
-      for (int i = 0; i < padded(n); ++i) out[i] = from[i];
-  }
-
   // The gradient that a forward call left, times that of the loss.
   void scale_chunk(int64_t b, int64_t chunk, float factor) const {
     alignas(64) float buffer[block_pixels];
     for (int64_t q = chunk * chunk_pixels, end = end_of(chunk); q < end; q += block_pixels) {
       const int n = end - q < block_pixels ? static_cast<int>(end - q) : block_pixels;
       for (int64_t c = 0; c < channels; ++c) {
-        load_into(p.other, other(b, c), q, n, buffer);
-        for (int i = 0; i < padded(n); ++i) buffer[i] *= factor;
+        const float* from = load(p.other, p.layout, other(b, c), q, n, buffer);
+        for (int i = 0; i < padded(n); ++i) buffer[i] = factor * from[i];
         store(p.other, p.layout, other(b, c), q, n, buffer);
       }
     }
@@ -906,21 +869,15 @@ LossReport loss_forward(const Array& logits, const Array& target, const Array& w
       count += of_image;
     }
   }
-  // Only in fp32: half precision would round what is kept once more.
-  const bool scalar_loss = reduction == Reduction::mean || reduction == Reduction::sum;
-  Loss::Keep keep = Loss::Keep::nothing;
-  if (keep_array && keep_array.dtype == DType::f32) {
-    if (!loss.has_region() && scalar_loss)
-      keep = Loss::Keep::gradient;
-    else if (!loss.has_pixel() && (loss.general || loss.hard()))
-      keep = Loss::Keep::pixels;
-  }
+  // Only in fp32: half precision would round the gradient twice.
+  const bool slopes = keep_array && keep_array.dtype == DType::f32 && !loss.has_region() &&
+                      (reduction == Reduction::mean || reduction == Reduction::sum);
   const double factor =
       reduction == Reduction::mean ? (count != 0 ? o.pixel_scale / count : 0.0) : o.pixel_scale;
   const int64_t values = sums_per_chunk * (channels + 1);
   int bad = 0;
   for_chunks(loss, exec, [&](int64_t b, int64_t chunk, int64_t item) {
-    if (!loss.forward_chunk(b, chunk, keep, factor, partial + item * values)) {
+    if (!loss.forward_chunk(b, chunk, slopes, factor, partial + item * values)) {
 #pragma omp atomic write
       bad = 1;
     }
@@ -930,14 +887,13 @@ LossReport loss_forward(const Array& logits, const Array& target, const Array& w
       const double* part = partial + (b * chunks + chunk) * values;
       double* s = sums + b * image;
       for (int64_t c = 0; c < channels; ++c)
-        for (int v = 0; v < sums_per_chunk; ++v)
-          s[c * sums_per_class + v] += part[c * sums_per_chunk + v];
+        for (int v = 0; v < sums_per_chunk; ++v) s[c * sums_per_class + v] += part[c * sums_per_chunk + v];
       s[channels * sums_per_class] += part[channels * sums_per_chunk];
     }
   finish_loss(o, reduction, batch, channels, sums, [&](int64_t i, double value) {
     if (!map) set_scalar(loss_array, i, value);
   });
-  return {!bad, keep != Loss::Keep::nothing};
+  return {!bad, slopes};
 }
 
 void loss_backward(const Array& logits, const Array& target, const Array& weight, const Array& mask,
@@ -951,7 +907,7 @@ void loss_backward(const Array& logits, const Array& target, const Array& weight
   const Planes p = make_planes(logits, target, weight, mask, grad, map ? grad_loss : Array{});
   const Loss loss(p, o, class_weight);
   const double* sums = static_cast<const double*>(sums_array.data);
-  if (kept && !loss.has_region()) {
+  if (kept) {
     const float factor = static_cast<float>(scalar(grad_loss));
     if (factor != 1.f)
       for_chunks(loss, exec, [&](int64_t b, int64_t chunk, int64_t) { loss.scale_chunk(b, chunk, factor); });
@@ -960,9 +916,10 @@ void loss_backward(const Array& logits, const Array& target, const Array& weight
   for_chunks(loss, exec, [&](int64_t b, int64_t chunk, int64_t) {
     double by[2 * max_channels];
     double factor = 0;
-    upstream(o, reduction, b, loss.channels, sums, grad_loss, [&](int64_t i) { return value_at(grad_loss, i); }, by,
-             &factor);
-    loss.backward_chunk(b, chunk, by, factor, kept);
+    upstream(
+        o, reduction, b, loss.channels, sums, grad_loss, [&](int64_t i) { return value_at(grad_loss, i); },
+        by, &factor);
+    loss.backward_chunk(b, chunk, by, factor);
   });
 }
 

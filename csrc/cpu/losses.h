@@ -99,8 +99,8 @@ void finish_loss(const LossOptions& o, Reduction reduction, int64_t batch, int64
     for (int64_t i = 0; i < entries; ++i) put(i, S(0));
 }
 
-// The gradient of image b's parts: by (C, 2) for N and D of each class, factor for the pixel loss's sum; with a
-// loss map, factor is to be multiplied by the map's gradient.
+// The gradient of image b's parts: by (C, 2) for N and D of each class, factor for the pixel loss's sum; with
+// a loss map, factor is to be multiplied by the map's gradient.
 template <class S, class Get>
 void upstream(const LossOptions& o, Reduction reduction, int64_t b, int64_t channels, const S* sums,
               const Array& grad_loss, const Get& get, S* by, S* factor) {

@@ -2,8 +2,8 @@
 // give forward-mode tangents and, of the backward call, products with the loss's Hessian. Right before fast:
 // one plain loop for all formulas.
 //
-// Bytes per pixel and channel, fp64 logits and uint8 labels: forward 9 read; backward 9 read, 8 written; along
-// a direction 8 more read.
+// Bytes per pixel and channel, fp64 logits and uint8 labels: forward 9 read; backward 9 read, 8 written;
+// along a direction 8 more read.
 #include "cpu/losses.h"
 
 namespace noisyseg::NOISYSEG_ISA {
@@ -121,8 +121,8 @@ struct Exact {
   LossSlope<S> pixel_term(const Classes& r, int64_t c, double g) const {
     const S parameter = S(o.parameter), target = S(g), inverse = S(1.0 / static_cast<double>(channels));
     LossSlope<S> of{S(0), S(0)};
-#define CASE(kind)                                                                                      \
-  of = softmax ? term<kind>(r.a[c].p, r.nll[c], target, parameter, power, inverse)                      \
+#define CASE(kind)                                                                 \
+  of = softmax ? term<kind>(r.a[c].p, r.nll[c], target, parameter, power, inverse) \
                : binary_soft<kind>(r.a[c].p, r.a[c].q, r.nll[c], r.nll_q[c], target, parameter, power);
     NOISYSEG_PIXEL_KINDS(o.pixel, CASE)
 #undef CASE
@@ -136,7 +136,8 @@ struct Exact {
     bool good = true;
     for (int64_t v = 0; v < sums_per_chunk * (channels + 1); ++v) partial[v] = S(0);
     *count = 0;
-    const int64_t stop = (chunk + 1) * chunk_pixels, end = stop < p.layout.pixels() ? stop : p.layout.pixels();
+    const int64_t stop = (chunk + 1) * chunk_pixels,
+                  end = stop < p.layout.pixels() ? stop : p.layout.pixels();
     for (int64_t q = chunk * chunk_pixels; q < end; q += block) {
       const int n = end - q < block ? static_cast<int>(end - q) : block;
       good &= read(b, q, n, x, false);
@@ -171,7 +172,8 @@ struct Exact {
     Classes r;
     double dot[block_pixels] = {};
     S u[max_channels];
-    const int64_t stop = (chunk + 1) * chunk_pixels, end = stop < p.layout.pixels() ? stop : p.layout.pixels();
+    const int64_t stop = (chunk + 1) * chunk_pixels,
+                  end = stop < p.layout.pixels() ? stop : p.layout.pixels();
     for (int64_t q = chunk * chunk_pixels; q < end; q += block) {
       const int n = end - q < block ? static_cast<int>(end - q) : block;
       read(b, q, n, x, static_cast<bool>(p.map));
@@ -259,8 +261,7 @@ LossReport exact_loss_forward(const Array& logits, const Array& target, const Ar
                               const Array& mask, const Array& class_weight, const LossOptions& o,
                               Reduction reduction, const Array& loss, const Array& sums, void* workspace,
                               const Exec& exec) {
-  const Planes p =
-      make_planes(logits, target, weight, mask, Array{}, is_map(o, reduction) ? loss : Array{});
+  const Planes p = make_planes(logits, target, weight, mask, Array{}, is_map(o, reduction) ? loss : Array{});
   const Exact<double> exact{p, o, class_weight};
   return {exact.forward(reduction, loss, static_cast<double*>(sums.data), workspace, exec), false};
 }

@@ -101,6 +101,13 @@ T* destination(const Plane& plane, const Layout& layout, int64_t base, int64_t q
   return const_cast<T*>(load_direct<T>(plane, layout, base, q, n, buffer));
 }
 
+// yes ? a : b without a branch: of a plain one g++ makes masked loads and stores, which are slow on some
+// processors.
+inline float choose(bool yes, float a, float b) {
+  const int32_t mask = -static_cast<int32_t>(yes);
+  return bits_to_float((float_to_bits(a) & mask) | (float_to_bits(b) & ~mask));
+}
+
 template <class T>
 double sum_lanes(const T* x) {
   double half[lanes / 2];

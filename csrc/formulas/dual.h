@@ -19,10 +19,10 @@ NOISYSEG_FORMULA Dual<T> operator-(Dual<T> a) {
   return {-a.value, -a.slope};
 }
 // Mixed operands convert: friends of a class template would do it alone, but nvcc inlines these better.
-#define NOISYSEG_DUAL_OPERATOR(op, slope_of)                                 \
-  template <class T>                                                         \
-  NOISYSEG_FORMULA Dual<T> operator op(Dual<T> a, Dual<T> b) {               \
-    return {a.value op b.value, slope_of};                                   \
+#define NOISYSEG_DUAL_OPERATOR(op, slope_of)                   \
+  template <class T>                                           \
+  NOISYSEG_FORMULA Dual<T> operator op(Dual<T> a, Dual<T> b) { \
+    return {a.value op b.value, slope_of};                     \
   }
 NOISYSEG_DUAL_OPERATOR(+, a.slope + b.slope)
 NOISYSEG_DUAL_OPERATOR(-, a.slope - b.slope)
@@ -41,10 +41,10 @@ template <class T>
 NOISYSEG_FORMULA Dual<T>& operator*=(Dual<T>& a, Dual<T> b) {
   return a = a * b;
 }
-#define NOISYSEG_DUAL_COMPARISON(op)                          \
-  template <class T>                                          \
-  NOISYSEG_FORMULA bool operator op(Dual<T> a, Dual<T> b) {   \
-    return a.value op b.value;                                \
+#define NOISYSEG_DUAL_COMPARISON(op)                        \
+  template <class T>                                        \
+  NOISYSEG_FORMULA bool operator op(Dual<T> a, Dual<T> b) { \
+    return a.value op b.value;                              \
   }
 NOISYSEG_DUAL_COMPARISON(<)
 NOISYSEG_DUAL_COMPARISON(>)

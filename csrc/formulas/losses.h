@@ -1,5 +1,6 @@
 // The losses, one pixel at a time: the only place where their formulas stand in C++.
-// Sources stand with the public functions in noisyseg_fast/losses.py; definitions in noisyseg_fast/reference.py.
+// Sources stand with the public functions in noisyseg_fast/losses.py; definitions in
+// noisyseg_fast/reference.py.
 #pragma once
 #include "formulas/math.h"
 #include "noisyseg/losses.h"
@@ -68,21 +69,6 @@ NOISYSEG_FORMULA HardPixel<T> hard_pixel(T z, T side, T h, T large) {
   const T size = root * root;
   const T g = T(0.5) - T(0.5) * side;
   return {abs_(g - size), g, large * small, {side * size, size, root}};
-}
-
-// The same from `kept`, the smaller of sqrt p and sqrt(1 - p): positive where it is sqrt |p - g|, negative where
-// that is the other one, large = sqrt(1 - kept^2).
-template <class T>
-NOISYSEG_FORMULA T keep_pixel(T z, T side, T h, T large) {
-  const T small = h * large;
-  return z * side >= T(0) ? -small : small;
-}
-template <class T>
-NOISYSEG_FORMULA HardPixel<T> kept_pixel(T kept, T side, T large) {
-  const T root = kept > T(0) ? kept : large;
-  const T size = root * root;
-  const T g = T(0.5) - T(0.5) * side;
-  return {abs_(g - size), g, large * abs_(kept), {side * size, size, root}};
 }
 
 // ---- region losses: functions of sums over an image or a batch -------------------------------------
@@ -295,8 +281,7 @@ NOISYSEG_FORMULA LossSlope<T> binary_soft(T p, T q, T nll_p, T nll_q, T g, T par
     return {g * one.loss + f * zero.loss, f * zero.slope - g * one.slope};
   }
   const T d = q < p ? f - q : p - g;
-  if (kind == PixelLoss::mae)
-    return {abs_(d), d != T(0) ? with_sign(p * q, d) : T(0) * d};
+  if (kind == PixelLoss::mae) return {abs_(d), d != T(0) ? with_sign(p * q, d) : T(0) * d};
   if (kind == PixelLoss::mse) return {d * d, T(2) * d * p * q};
   if (kind == PixelLoss::boundary) return {p * g, g * p * q};
   const T ce = g * nll_p + f * nll_q;
@@ -314,9 +299,8 @@ NOISYSEG_FORMULA LossSlope<T> one_of(T s, T t, T nll, T parameter, Power power, 
     // -ln s: not at hand; s = 0 only where nll is 0 too, and there nll / s = 1.
     const bool tiny = s < T(1e-30);
     const T size = tiny ? T(1e-30) : s;
-    const T modulator = power == Power::one || power == Power::two
-                            ? power_by_log(s, T(0), parameter, power)
-                            : exp_(parameter * log_(size));
+    const T modulator = power == Power::one || power == Power::two ? power_by_log(s, T(0), parameter, power)
+                                                                   : exp_(parameter * log_(size));
     const T ratio = tiny ? T(1) : nll / size;
     return {modulator * nll, modulator * (T(1) + parameter * t * ratio)};
   }
@@ -348,15 +332,15 @@ NOISYSEG_FORMULA LossSlope<T> term(T p, T nll, T g, T parameter, Power power, T 
 }
 
 // CASE(kind) with the kind as a constant
-#define NOISYSEG_PIXEL_KINDS(kind, CASE)                  \
-  switch (kind) {                                         \
-    case PixelLoss::none: break;                          \
-    case PixelLoss::ce: CASE(PixelLoss::ce) break;        \
-    case PixelLoss::focal: CASE(PixelLoss::focal) break;  \
-    case PixelLoss::mae: CASE(PixelLoss::mae) break;      \
-    case PixelLoss::gce: CASE(PixelLoss::gce) break;      \
-    case PixelLoss::mse: CASE(PixelLoss::mse) break;      \
-    case PixelLoss::kl: CASE(PixelLoss::kl) break;        \
+#define NOISYSEG_PIXEL_KINDS(kind, CASE)                       \
+  switch (kind) {                                              \
+    case PixelLoss::none: break;                               \
+    case PixelLoss::ce: CASE(PixelLoss::ce) break;             \
+    case PixelLoss::focal: CASE(PixelLoss::focal) break;       \
+    case PixelLoss::mae: CASE(PixelLoss::mae) break;           \
+    case PixelLoss::gce: CASE(PixelLoss::gce) break;           \
+    case PixelLoss::mse: CASE(PixelLoss::mse) break;           \
+    case PixelLoss::kl: CASE(PixelLoss::kl) break;             \
     case PixelLoss::boundary: CASE(PixelLoss::boundary) break; \
   }
 

@@ -35,7 +35,8 @@ py::dict build_info() {
 void use_huge_pages(std::uintptr_t address, std::size_t bytes) {
 #ifdef MADV_HUGEPAGE
   const std::uintptr_t page = 4096, start = (address + page - 1) / page * page;
-  if (bytes > 2 * page) madvise(reinterpret_cast<void*>(start), (address + bytes - start) / page * page, MADV_HUGEPAGE);
+  if (bytes > 2 * page)
+    madvise(reinterpret_cast<void*>(start), (address + bytes - start) / page * page, MADV_HUGEPAGE);
 #else
   (void)address, (void)bytes;
 #endif

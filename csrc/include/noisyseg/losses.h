@@ -5,8 +5,8 @@
 // of any type, are optional. Strides are arbitrary. f64 logits are computed in double, others in float;
 // sums are double, taken in an order that depends on the shapes alone.
 //
-// A loss is region_scale * (a function of sums over pixels) + pixel_scale * (a sum over pixels); either may be
-// absent. Both come from one reading of the inputs.
+// A loss is region_scale * (a function of sums over pixels) + pixel_scale * (a sum over pixels); either may
+// be absent. Both come from one reading of the inputs.
 #pragma once
 #include "noisyseg/array.h"
 
@@ -33,14 +33,15 @@ struct LossOptions {
   double pixel_scale = 1;
   double parameter = 0;  // q of gce, gamma of focal
   // both
-  double label_smoothing = 0;   // g becomes (1 - s) g + s / classes
-  bool has_ignore = false;      // pixels with this label are left out
+  double label_smoothing = 0;  // g becomes (1 - s) g + s / classes
+  bool has_ignore = false;     // pixels with this label are left out
   int64_t ignore = 0;
   bool target_is_logits = false;  // target (B, C, *S) goes through the activation first
 };
 
 // image: one value for each image, the mean over its classes or pixels. none: one for each image (if
-// per_image) and class in the loss (generalized Dice: each image), or the loss map; not for both parts at once.
+// per_image) and class in the loss (generalized Dice: each image), or the loss map; not for both parts at
+// once.
 enum class Reduction : int { mean, sum, none, image };
 
 // Of each image: for each class N, D, G (formulas/losses.h) and the loss's derivatives by N and D; then, as
@@ -50,21 +51,22 @@ constexpr int sums_per_class = 5;
 
 // What a forward call reports.
 struct LossReport {
-  bool labels_in_range = true;  // on a CUDA device, where knowing would need a synchronisation, the loss is NaN
-  bool kept = false;            // `keep` was filled for the backward call
+  bool labels_in_range =
+      true;           // on a CUDA device, where knowing would need a synchronisation, the loss is NaN
+  bool kept = false;  // `keep` holds the gradient for grad_loss = 1
 };
 
 // Bytes of scratch memory that the functions with a workspace need, aligned to 16.
 size_t loss_workspace(const Array& logits, const Exec& exec);
 
 // loss: f32 or f64, see Reduction. sums: (B, C + 1, 5) f64, for the backward call. class_weight (C,) f32 or
-// f64, for the pixel part. keep: like logits, or not given; memory for the gradient in which this call may
-// leave what makes the backward call cheaper.
+// f64, for the pixel part. keep: like logits, or not given; memory for the gradient, which this call may
+// write already: a pixel loss's with mean or sum, in fp32.
 LossReport loss_forward(const Array& logits, const Array& target, const Array& weight, const Array& mask,
                         const Array& class_weight, const LossOptions& options, Reduction reduction,
                         const Array& loss, const Array& sums, const Array& keep, void* workspace,
                         const Exec& exec);
-// grad_loss: as loss. grad: like logits, any strides; if `kept`, the forward call's `keep`.
+// grad_loss: as loss. grad: like logits, any strides; if `kept`, the forward call's `keep`, to be scaled.
 void loss_backward(const Array& logits, const Array& target, const Array& weight, const Array& mask,
                    const Array& class_weight, const LossOptions& options, Reduction reduction,
                    const Array& grad_loss, const Array& sums, const Array& grad, bool kept, const Exec& exec);
