@@ -7,7 +7,6 @@ direction serves the double backward too.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import _arrays, task_losses
+from ._autograd import _by_slices, _Function, _transforms_active
 from .task_losses import Options
 
 Tensor = torch.Tensor
@@ -55,35 +55,11 @@ def _backward(
     return grads[0], grads[1]
 
 
-def _loop(function: Any, info: Any, in_dims: Any, args: Any) -> Any:
-    """vmap of a Function: one call for each slice."""
-    results = [
-        function.apply(
-            *(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))
-        )
-        for i in range(info.batch_size)
-    ]
-    if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(results[0])
-
-
-def _quick(function: type[torch.autograd.Function]) -> Any:
-    """Spares torch the inspection of forward's signature in every apply: a third of a small loss's time."""
-    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
-    return function
-
-
-def _apply(function: Any, *args: Any) -> Any:
-    return function.apply(*args)
-
-
 def _sum(a: Any, b: Any) -> Any:
     return b if a is None else a if b is None else a + b
 
 
-@_quick
-class _Terms(torch.autograd.Function):
+class _Terms(_Function):
     @staticmethod
     def forward(a: Any, b: Any, c: Any, d: Any, e: Any, kind: str, options: Options) -> Any:
         return _forward((a, b, c, d, e), kind, options)
@@ -102,8 +78,8 @@ class _Terms(torch.autograd.Function):
             return (None,) * 7
         *tensors, sums = ctx.saved_tensors
         need = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            grads = _apply(_Gradient, *tensors, grad_terms, sums, ctx.kind, ctx.options, *need)
+        if torch.is_grad_enabled() or _transforms_active():
+            grads = _Gradient.call(*tensors, grad_terms, sums, ctx.kind, ctx.options, *need)
         else:
             grads = _backward(tensors, ctx.kind, ctx.options, grad_terms, sums, need)
         return *(g if needed else None for g, needed in zip(grads, need, strict=True)), *(None,) * 5
@@ -113,16 +89,13 @@ class _Terms(torch.autograd.Function):
         if a_dot is None and b_dot is None:
             return None, None, None
         *tensors, _sums = ctx.saved_tensors
-        tangent = _apply(_Tangent, *tensors, a_dot, b_dot, ctx.kind, ctx.options)
+        tangent = _Tangent.call(*tensors, a_dot, b_dot, ctx.kind, ctx.options)
         return tangent, None, None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _loop(_Terms, info, in_dims, args)
+    vmap = _by_slices(lambda *args: _Terms.apply(*args))  # type: ignore[no-untyped-call]
 
 
-@_quick
-class _Gradient(torch.autograd.Function):
+class _Gradient(_Function):
     """Of the terms, weighted by grad_terms, with respect to a and b."""
 
     @staticmethod
@@ -149,13 +122,13 @@ class _Gradient(torch.autograd.Function):
         need = ctx.needs_input_grad
         grads: Any = (None, None)
         if need[0] or need[1]:
-            grads = _apply(
-                _GradientTangent, *tensors, a_bar, b_bar, grad_terms, ctx.kind, ctx.options, need[0], need[1]
+            grads = _GradientTangent.call(
+                *tensors, a_bar, b_bar, grad_terms, ctx.kind, ctx.options, need[0], need[1]
             )
             grads = tuple(g if n else None for g, n in zip(grads, need[:2], strict=True))
         by_terms = None
         if need[5]:
-            by_terms = _apply(_Tangent, *tensors, a_bar, b_bar, ctx.kind, ctx.options)
+            by_terms = _Tangent.call(*tensors, a_bar, b_bar, ctx.kind, ctx.options)
         return *grads, None, None, None, by_terms, *(None,) * 5
 
     @staticmethod
@@ -164,19 +137,16 @@ class _Gradient(torch.autograd.Function):
         rest = (ctx.kind, ctx.options, *ctx.need)
         tangents: Any = (None, None)
         if a_dot is not None or b_dot is not None:
-            tangents = _apply(_GradientTangent, *tensors, a_dot, b_dot, grad_terms, *rest)
+            tangents = _GradientTangent.call(*tensors, a_dot, b_dot, grad_terms, *rest)
         if grad_dot is not None:
-            linear = _apply(_Gradient, *tensors, grad_dot, sums, *rest)
+            linear = _Gradient.call(*tensors, grad_dot, sums, *rest)
             tangents = tuple(_sum(x, y) for x, y in zip(tangents, linear, strict=True))
         return tangents
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _loop(_Gradient, info, in_dims, args)
+    vmap = _by_slices(lambda *args: _Gradient.apply(*args))  # type: ignore[no-untyped-call]
 
 
-@_quick
-class _Tangent(torch.autograd.Function):
+class _Tangent(_Function):
     """The terms' derivative along (a_dot, b_dot)."""
 
     @staticmethod
@@ -200,22 +170,19 @@ class _Tangent(torch.autograd.Function):
         kind, options = ctx.kind, ctx.options
         first: Any = (None, None)
         if need[0] or need[1]:
-            first = _apply(_GradientTangent, *tensors, a_dot, b_dot, bar, kind, options, need[0], need[1])
+            first = _GradientTangent.call(*tensors, a_dot, b_dot, bar, kind, options, need[0], need[1])
             first = tuple(g if n else None for g, n in zip(first, need[:2], strict=True))
         second: Any = (None, None)
         if need[5] or need[6]:
-            sums = _apply(_Terms, *tensors, kind, options)[2]
-            second = _apply(_Gradient, *tensors, bar, sums, kind, options, need[5], need[6])
+            sums = _Terms.call(*tensors, kind, options)[2]
+            second = _Gradient.call(*tensors, bar, sums, kind, options, need[5], need[6])
             second = tuple(g if n else None for g, n in zip(second, need[5:7], strict=True))
         return *first, None, None, None, *second, None, None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _loop(_Tangent, info, in_dims, args)
+    vmap = _by_slices(lambda *args: _Tangent.apply(*args))  # type: ignore[no-untyped-call]
 
 
-@_quick
-class _GradientTangent(torch.autograd.Function):
+class _GradientTangent(_Function):
     """The gradient's derivative along (a_dot, b_dot), grad_terms fixed. Third derivatives raise."""
 
     @staticmethod
@@ -236,9 +203,7 @@ class _GradientTangent(torch.autograd.Function):
     def backward(ctx: Any, *_: Any) -> Any:
         raise NotImplementedError("the losses of several maps have no third derivatives")
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _loop(_GradientTangent, info, in_dims, args)
+    vmap = _by_slices(lambda *args: _GradientTangent.apply(*args))  # type: ignore[no-untyped-call]
 
 
 # ---- the same as registered ops -------------------------------------------------------------------
@@ -312,6 +277,12 @@ def terms(kind: str, tensors: Any, options: Options) -> tuple[tuple[Tensor, ...]
                 "forward AD outside of it"
             )
         values, scores, _ = _terms_op(*tensors, kind, list(options))
+    elif (
+        _transforms_active()
+        or forward_ad._current_level >= 0
+        or (torch.is_grad_enabled() and (tensors[0].requires_grad or tensors[1].requires_grad))
+    ):
+        values, scores, _ = _Terms.call(*tensors, kind, options)
     else:
-        values, scores, _ = _apply(_Terms, *tensors, kind, options)
+        values, scores, _ = _forward(tensors, kind, options)
     return values.unbind(0), scores.unbind(0)
