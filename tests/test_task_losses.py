@@ -891,6 +891,18 @@ def test_modules(name: str) -> None:
             type(module)(**{argument: 1})
 
 
+def test_the_benchmark_compares_equals() -> None:
+    bench = pytest.importorskip("bench.task_losses")
+    from noisyseg_fast.timing import measure
+
+    for case in (
+        bench.uncertainty_case((2, 1, 9, 11), deadline=0.0),
+        bench.dual_task_case((2, 1, 9, 11), deadline=0.0),
+    ):
+        states = {name: (t.state, t.note) for name, t in measure(case, 0.01).timings.items()}
+        assert states[case.contenders[0].name][0] == states["eager"][0] == "ok", states
+
+
 # ---- error messages -------------------------------------------------------------------------------
 
 Z, Y, U = torch.zeros(2, 1, 5, 7), torch.zeros(2, 3, 5, 7, dtype=torch.uint8), torch.zeros(2, 3, 5, 7)
