@@ -1,15 +1,16 @@
-"""The losses, forward + backward, against eager PyTorch, torch.compile and MONAI."""
+"""The losses, forward + backward, against eager PyTorch, torch.compile and the peers that have them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from noisyseg_fast.timing import (
     Case,
     Contender,
+    blobs,
     in_double,
     loss_contenders,
     nr_dice_case,
@@ -18,7 +19,6 @@ from noisyseg_fast.timing import (
     weighted_ce_case,
 )
 
-# From 32 thousand to 79 million logits: also the sweep that shows how the time grows.
 SHAPES = [
     (8, 1, 64, 64),
     (128, 1, 64, 64),
@@ -29,50 +29,152 @@ SHAPES = [
 ]
 HEADLINES = [(128, 1, 64, 64), (4, 1, 112, 112, 80)]
 CE_SHAPES = [(32, 2, 256, 256), (4, 4, 112, 112, 20), (2, 14, 64, 64, 64)]
+SWEEP = range(10, 27, 2)  # logits from 2^10 to 2^26, against eager alone: how the time grows
 
 
 def cases(device: str, quick: bool) -> Iterator[Callable[[], Case]]:
     """Makers of cases, so that only one case's arrays exist at a time."""
     for shape in HEADLINES if quick else SHAPES:
         yield partial(nr_dice_case, shape, device, headline=shape in HEADLINES)
-    if not quick:
-        yield partial(dice_case, (4, 1, 112, 112, 80), device)
     for shape in CE_SHAPES[1:2] if quick else CE_SHAPES:
         yield partial(weighted_ce_case, shape, device, headline=shape == CE_SHAPES[1])
+    if quick:
+        return
+    for name in LOSSES:
+        yield partial(loss_case, name, device)
+    for power in SWEEP:
+        yield partial(nr_dice_case, (1, 1, 2**power), device, deadline=0.0)
+        yield partial(weighted_ce_case, (1, 2, 2 ** (power - 1)), device, deadline=0.0)
 
 
-def dice_case(shape: tuple[int, ...], device: str) -> Case:
-    """dice_loss with linear denominator, which MONAI has too; one channel, labels uint8."""
-    from noisyseg_fast import losses, reference
+# ---- each loss as one writes it in PyTorch --------------------------------------------------------
 
-    base = nr_dice_case(shape, device)
-    logits = random_logits(shape, device)
+
+def _binary(logits: Any, target: Any) -> tuple[Any, Any]:
+    return logits.sigmoid(), target.unsqueeze(1).to(logits.dtype)
+
+
+def _dice(p: Any, g: Any, power: float = 1.0) -> Any:
+    overlap, total = (2 * p * g).flatten(2).sum(2), (p + g).flatten(2).sum(2)
+    return (1 - ((overlap + 1e-5) / (total + 1e-5)) ** power).mean()
+
+
+def _one_hot(logits: Any, target: Any) -> tuple[Any, Any]:
+    from torch.nn.functional import one_hot
+
+    return logits.softmax(1), one_hot(target.long(), logits.shape[1]).movedim(-1, 1).to(logits.dtype)
+
+
+def dice(logits: Any, target: Any) -> Any:
+    return _dice(*_binary(logits, target))
+
+
+def focal_dice(logits: Any, target: Any) -> Any:
+    return _dice(*_binary(logits, target), power=2.0)
+
+
+def generalized_dice(logits: Any, target: Any) -> Any:
+    p, g = _one_hot(logits, target)
+    volume = g.flatten(2).sum(2)
+    v = 1 / volume.clamp_min(1) ** 2
+    overlap, total = (2 * p * g).flatten(2).sum(2), (p + g).flatten(2).sum(2)
+    return (1 - ((v * overlap).sum(1) + 1e-5) / ((v * total).sum(1) + 1e-5)).mean()
+
+
+def dice_ce(logits: Any, target: Any) -> Any:
+    from torch.nn.functional import cross_entropy
+
+    return _dice(*_one_hot(logits, target)) + cross_entropy(logits, target.long())
+
+
+def dice_mae(logits: Any, target: Any) -> Any:
+    p, g = _one_hot(logits, target)
+    return _dice(p, g) + (p - g).abs().mean()
+
+
+def focal(logits: Any, target: Any) -> Any:
+    from torch.nn.functional import cross_entropy
+
+    ce = cross_entropy(logits, target.long(), reduction="none")
+    return ((1 - (-ce).exp()) ** 2 * ce).mean()
+
+
+def gce(logits: Any, target: Any) -> Any:
+    p = logits.softmax(1).gather(1, target.long().unsqueeze(1))
+    return ((1 - p**0.7) / 0.7).mean()
+
+
+def mae(logits: Any, target: Any) -> Any:
+    p, g = _one_hot(logits, target)
+    return (p - g).abs().mean()
+
+
+def boundary(logits: Any, distance_map: Any) -> Any:
+    return (logits.sigmoid() * distance_map).mean()
+
+
+def consistency(logits: Any, target_logits: Any) -> Any:
+    return ((logits.softmax(1) - target_logits.softmax(1)) ** 2).mean()
+
+
+# Name: our function, its options, the plain one, the shape of the logits.
+VOLUME, CLASSES = (4, 1, 112, 112, 80), (4, 4, 112, 112, 20)
+LOSSES: dict[str, tuple[str, dict[str, Any], Callable[..., Any], tuple[int, ...]]] = {
+    "Dice": ("dice_loss", {"denominator": "linear"}, dice, VOLUME),
+    "focal Dice": ("focal_dice_loss", {"denominator": "linear"}, focal_dice, VOLUME),
+    "boundary loss": ("boundary_loss", {}, boundary, VOLUME),
+    "generalized Dice": ("generalized_dice_loss", {}, generalized_dice, CLASSES),
+    "Dice + CE": ("dice_ce_loss", {"denominator": "linear"}, dice_ce, CLASSES),
+    "Dice + MAE": ("dice_mae_loss", {"denominator": "linear"}, dice_mae, CLASSES),
+    "focal": ("pixel_loss", {"kind": "focal"}, focal, CLASSES),
+    "GCE": ("pixel_loss", {"kind": "gce"}, gce, CLASSES),
+    "MAE": ("pixel_loss", {"kind": "mae"}, mae, CLASSES),
+    "consistency, MSE": ("consistency_loss", {}, consistency, CLASSES),
+}
+# MONAI's class, its options, and the factor between its mean and ours
+MONAI: dict[str, tuple[str, dict[str, Any], float]] = {
+    "Dice": ("DiceLoss", {"sigmoid": True}, 1.0),
+    "generalized Dice": ("GeneralizedDiceLoss", {"softmax": True, "to_onehot_y": True}, 1.0),
+    "Dice + CE": ("DiceCELoss", {"softmax": True, "to_onehot_y": True}, 1.0),
+    "focal": ("FocalLoss", {"use_softmax": True, "to_onehot_y": True}, 4.0),
+}
+
+
+def loss_case(name: str, device: str) -> Case:
+    """One loss with the arguments of LOSSES; labels uint8, a distance map or a teacher's logits."""
     import torch
 
-    from noisyseg_fast.timing import blobs
+    from noisyseg_fast import losses, reference
 
-    target = torch.from_numpy(blobs((shape[0], *shape[2:]))).to(device)
-
-    def ours(logits: Any, target: Any) -> Any:
-        return losses.dice_loss(logits, target, denominator="linear")
-
-    def exact(logits: Any, target: Any) -> Any:
-        return reference.dice_loss(logits, target, denominator="linear")
-
-    def plain(logits: Any, target: Any) -> Any:
-        p, g = logits.sigmoid(), target.unsqueeze(1).to(logits.dtype)
-        overlap, total = ((2 * p * g).flatten(2).sum(2), (p + g).flatten(2).sum(2))
-        return (1 - (overlap + 1e-5) / (total + 1e-5)).mean()
+    function, options, plain, shape = LOSSES[name]
+    logits = random_logits(shape, device)
+    pixels, random = (shape[0], *shape[2:]), torch.Generator().manual_seed(1)
+    target: Any = torch.from_numpy(blobs(pixels))
+    if name == "boundary loss" or name.startswith("consistency"):
+        target = torch.randn(shape, generator=random)
+    elif shape[1] > 1:
+        target = torch.randint(0, shape[1], pixels, generator=random, dtype=torch.uint8)
+    target = target.to(device)
+    contenders = loss_contenders(partial(getattr(losses, function), **options), plain, logits, target)
 
     def monai() -> Callable[[], Any]:
-        from monai.losses import DiceLoss
+        from monai import losses as peer
 
-        loss = DiceLoss(sigmoid=True)
-        return value_and_grad(lambda z, y: loss(z, y.unsqueeze(1)), logits, target)
+        kind, arguments, factor = MONAI[name]
+        loss = getattr(peer, kind)(**arguments)
+        return value_and_grad(lambda z, y: factor * loss(z, y.unsqueeze(1)), logits, target)
 
-    return replace(
-        base,
-        operation="Dice, forward + backward",
-        contenders=[*loss_contenders(ours, plain, logits, target), Contender("MONAI", monai)],
-        oracle=in_double(exact, logits, target),
+    if name in MONAI:
+        contenders.append(Contender("MONAI", monai))
+    passes = 2 if function != "pixel_loss" and function not in ("boundary_loss", "consistency_loss") else 1
+    read = logits.nbytes + target.nbytes
+    return Case(
+        family="losses",
+        operation=f"{name}, forward + backward",
+        input="x".join(map(str, shape)),
+        contenders=contenders,
+        oracle=in_double(partial(getattr(reference, function), **options), logits, target),
+        tolerance=1e-5,
+        moved=math.floor(passes * read + logits.nbytes),
+        device=device,
     )

@@ -417,14 +417,118 @@ def test_cross_entropy_equals_torch() -> None:
     assert error(grad, want_grad) < 1e-12
 
 
-def test_nr_dice_equals_pymic() -> None:
-    """METHODS.md section 2: batch flattened, sum p + sum g below, mean over all classes, softmax."""
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_smoothed_cross_entropy_equals_torch(smoothing: float, reduction: str) -> None:
+    logits, target = example((9, 11), 5)
+    target[torch.rand(target.shape) < 0.3] = -100
+    for cw in (None, torch.tensor([0.3, 1.0, 2.0, 0.7, 1.1], dtype=torch.float64)):
+        options: dict[str, Any] = {"label_smoothing": smoothing, "reduction": reduction}
+        want, want_grad = value_and_grad(F.cross_entropy, logits, target, weight=cw, **options)
+        options["ignore_index"] = -100
+        loss, grad = value_and_grad(losses.pixel_loss, logits, target, class_weight=cw, **options)
+        torch.testing.assert_close(loss, want, rtol=1e-12, atol=1e-15)
+        assert error(grad, want_grad) < 1e-12
+
+
+def test_others_equal_monai() -> None:
+    monai = pytest.importorskip("monai.losses")
     logits, target = example((9, 11), 3)
-    p = logits.softmax(1).movedim(1, -1).reshape(-1, 3)
-    g = F.one_hot(target, 3).reshape(-1, 3).double()
-    want = (((p - g).abs() ** 1.5).sum(0) / (p.sum(0) + g.sum(0) + 1e-5)).mean()
-    loss = losses.nr_dice_loss(logits, target, denominator="linear", per_image=False, activation="softmax")
-    torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+    hot = F.one_hot(target, 3).movedim(-1, 1).double()
+    pairs: list[tuple[Any, Any]] = []
+    eps: dict[str, Any] = {"smooth_nr": 1e-5, "smooth_dr": 1e-5}
+    for weighting in ("square", "simple", "uniform"):
+        for batch in (True, False):
+            for background in (True, False):
+                pairs.append(
+                    (
+                        monai.GeneralizedDiceLoss(
+                            softmax=True,
+                            w_type=weighting,
+                            batch=batch,
+                            include_background=background,
+                            **eps,
+                        ),
+                        functools.partial(
+                            losses.generalized_dice_loss,
+                            class_weighting=weighting,
+                            per_image=not batch,
+                            include_background=background,
+                        ),
+                    )
+                )
+    for gamma in (0.5, 1.0, 2.0, 3.0):
+        focal = functools.partial(losses.pixel_loss, kind="focal", focal_gamma=gamma)
+        pairs.append((monai.FocalLoss(gamma=gamma), functools.partial(focal, activation="sigmoid")))
+        # MONAI takes the mean over the classes too
+        softmax = monai.FocalLoss(gamma=gamma, use_softmax=True)
+        pairs.append((lambda z, y, softmax=softmax: 3 * softmax(z, y), focal))
+    pairs.append(
+        (
+            monai.DiceCELoss(softmax=True, lambda_dice=0.5, lambda_ce=2.0, **eps),
+            functools.partial(losses.dice_ce_loss, denominator="linear", dice_weight=0.5, ce_weight=2.0),
+        )
+    )
+    for theirs, mine in pairs:  # MONAI has float32 inside
+        want, want_grad = value_and_grad(theirs, logits, hot)
+        loss, grad = value_and_grad(mine, logits, target)
+        torch.testing.assert_close(loss, want.double().squeeze(), rtol=2e-7, atol=0)
+        assert error(grad, want_grad) < 1e-6
+    absent = torch.zeros_like(target)  # a class that is not there
+    want, want_grad = value_and_grad(
+        monai.GeneralizedDiceLoss(softmax=True, **eps), logits, F.one_hot(absent, 3).movedim(-1, 1).double()
+    )
+    loss, grad = value_and_grad(losses.generalized_dice_loss, logits, absent)
+    torch.testing.assert_close(loss, want, rtol=1e-7, atol=0)
+    assert error(grad, want_grad) < 1e-6
+
+
+def test_equals_pymic() -> None:
+    """METHODS.md section 2: batch flattened, sum p + sum g below, mean over all classes, softmax."""
+    dice, plain = pytest.importorskip("pymic.loss.seg.dice"), pytest.importorskip("pymic.loss.seg.mse")
+    ce = pytest.importorskip("pymic.loss.seg.ce")
+    logits, target = example((9, 11), 3)
+    hot = F.one_hot(target, 3).movedim(-1, 1).double()
+    flat: dict[str, Any] = {"denominator": "linear", "per_image": False, "activation": "softmax"}
+    soft = torch.rand(2, 3, 9, 11, dtype=torch.float64)
+    soft = soft / soft.sum(1, keepdim=True)
+    pairs = [
+        (
+            dice.NoiseRobustDiceLoss({"noiserobustdiceloss_gamma": gamma}),
+            losses.nr_dice_loss,
+            {"gamma": gamma},
+        )
+        for gamma in (1.0, 1.3, 1.5, 2.0)
+    ]
+    pairs += [
+        (dice.FocalDiceLoss({"focaldiceloss_beta": b}), losses.focal_dice_loss, {"beta": b}) for b in (1, 2)
+    ]
+    pairs += [(dice.DiceLoss(), losses.dice_loss, {})]
+    pairs = [(theirs, mine, {**flat, **extra}) for theirs, mine, extra in pairs]
+    pairs += [
+        (plain.MAELoss(), losses.pixel_loss, {"kind": "mae"}),
+        (plain.MSELoss(), losses.pixel_loss, {"kind": "mse"}),
+        (
+            ce.GeneralizedCELoss({"loss_gce_q": 0.7}),
+            losses.pixel_loss,
+            {"kind": "gce"},
+        ),
+    ]
+    for theirs, mine, options in pairs:
+        for given_, y in ((hot, target), (soft, soft)):
+            if mine is losses.pixel_loss and options["kind"] == "gce" and y is soft:
+                continue
+            want, want_grad = value_and_grad(
+                lambda z, g, theirs=theirs: theirs({"prediction": z, "ground_truth": g}), logits, given_
+            )
+            loss, grad = value_and_grad(mine, logits, y, **options)
+            # PyMIC's Dice has its epsilon elsewhere
+            torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+            assert error(grad, want_grad) < 1e-5
+
+
+def test_gamma_one_is_soerensens_dice() -> None:
+    logits, target = example((9, 11), 3)
     # its gamma 1 is Soerensen's Dice, exactly, for binary g
     linear: dict[str, Any] = {"denominator": "linear", "eps": 0.0}
     torch.testing.assert_close(

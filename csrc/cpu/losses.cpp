@@ -498,6 +498,8 @@ struct Loss {
     }
     for (int i = 0; i < np; ++i) mine[i] = 0.f, others[i] = 0.f;
     for (int64_t c = 0; c < channels; ++c) {
+      if (p.other) prefetch<true>(p.other, p.layout, other(b, c), q, n);
+      prefetch<false>(p.logits, p.layout, b * p.logits.batch + c * p.logits.channel, q + n, n);
       const float* __restrict top = x.top;
       float* __restrict e = x.e + c * block;
       const float wanted = static_cast<float>(c);

@@ -94,6 +94,18 @@ void store(const Plane& plane, const Layout& layout, int64_t base, int64_t q, in
   });
 }
 
+// Asks for pixels [q, q + n), if there are so many, to be brought near: a processor's own prefetching does not
+// see far into runs of a few kilobytes of each class.
+template <bool writing>
+inline void prefetch(const Plane& plane, const Layout& layout, int64_t base, int64_t q, int n) {
+  if (plane.step[2] != 1 || q + n > layout.pixels()) return;
+  for_rows(plane, layout, base, q, n, [&](int64_t offset, int, int m) {
+    const char* from = plane.data + offset * dtype_size(plane.dtype);
+    for (int64_t i = 0, bytes = m * static_cast<int64_t>(dtype_size(plane.dtype)); i < bytes; i += 64)
+      __builtin_prefetch(from + i, writing, 3);
+  });
+}
+
 // Where to compute a block's results: in place, if the plane holds T without gaps there, otherwise `buffer`,
 // to be stored afterwards.
 template <class T>
