@@ -321,6 +321,127 @@ def consistency_loss(
     return pixel_loss(logits, target, kind=kind, reduction=reduction, **options)
 
 
+# ---- losses of several maps -----------------------------------------------------------------------
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole, 0 where whole is 0."""
+    nothing = whole == 0
+    return torch.where(
+        nothing, torch.zeros_like(part), part / torch.where(nothing, torch.ones_like(whole), whole)
+    )
+
+
+def _inside(x: Tensor, inside: Tensor) -> Tensor:
+    return torch.where(inside, x, torch.zeros_like(x))
+
+
+def _keep(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, 1, *S) bool"""
+    if mask is None:
+        return torch.ones_like(logits, dtype=torch.bool)
+    return (mask != 0).reshape(logits.shape)
+
+
+def _reduce_images(values: list[Tensor], reduction: str) -> list[Tensor]:
+    if reduction == "image":
+        return values
+    return [v.sum() / (max(len(v), 1) if reduction == "mean" else 1) for v in values]
+
+
+def uncertainty_weighted_loss(
+    logits: Tensor,
+    annotations: Tensor,
+    uncertainty: Tensor,
+    *,
+    dice_weight: float = 1.0,
+    consistency_weight: float = 1.0,
+    raters: Tensor | None = None,
+    mask: Tensor | None = None,
+    entropy: str = "paper",
+    eps: float = 1e-5,
+    reduction: str = "mean",
+) -> tuple[Tensor, ...]:
+    """total, ce, dice, consistency, confidence, agreement; UMA-Net eq. 1-8, for each image."""
+    r = torch.ones(annotations.shape[:2]) if raters is None else raters
+    r = r.to(logits).reshape(*annotations.shape[:2], *(1,) * (logits.ndim - 2))  # (B, M, 1, ...)
+    keep = _keep(logits, mask)
+    inside = keep & (r != 0)  # (B, M, *S)
+    z, sigma, y = _inside(logits, keep), _inside(uncertainty, inside), _inside(annotations.to(logits), inside)
+    count, m = keep.flatten(1).sum(1).to(logits), r.flatten(1).sum(1)
+
+    def total(x: Tensor) -> Tensor:
+        return _inside(x, inside).flatten(1).sum(1)
+
+    p = z.sigmoid()
+    each = F.binary_cross_entropy_with_logits(z.expand_as(y), y, reduction="none")
+    ce = _share(total(r * (each * torch.exp(-sigma) + sigma / 2)), count * m)
+    error = _inside(torch.exp(-sigma) * (p - y) ** 2, inside).flatten(2).sum(2)
+    square = (_inside(p**2, keep).flatten(2).sum(2) + (y**2).flatten(2).sum(2)) + eps
+    dice = _share((r.flatten(1) * _share(error, square)).sum(1), m)
+    dice = dice + _share(total(r * sigma / 2), count * m)
+    s = (y - sigma).abs()
+    ones = m.reshape(-1, *(1,) * (logits.ndim - 1))
+    mean = _share((r * s).sum(1, keepdim=True), ones.expand_as(z))
+    variance = _share((r * (s - mean) ** 2).sum(1, keepdim=True), ones.expand_as(z))
+    variance, star = (_inside(x, keep).flatten(1) for x in (variance, mean))
+    consistency = _share(variance.sum(1), count)
+    h = -torch.xlogy(star, star) - (torch.xlogy(1 - star, 1 - star) if entropy == "binary" else 0)
+    confidence = _share(h.sum(1), count if entropy == "binary" else star.sum(1))
+    agreement = _share(4 * variance.sum(1), star.sum(1))
+    terms = [ce + dice_weight * dice + consistency_weight * consistency, ce, dice, consistency]
+    return *_reduce_images(terms, reduction), confidence.detach(), agreement.detach()
+
+
+def dual_task_loss(
+    logits: Tensor,
+    sdf: Tensor,
+    target: Tensor,
+    *,
+    k: float = 1500.0,
+    labelled: Tensor | int | None = None,
+    routing: str = "own",
+    per_image: bool = False,
+    mask: Tensor | None = None,
+    eps: float = 1e-5,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """seg, mask, consistency; DTML. The sums run over each group: the batch, or with per_image an image."""
+    batch = len(logits)
+    if labelled is None or isinstance(labelled, int):
+        labelled = torch.arange(batch) < (batch if labelled is None else labelled)
+    keep = _keep(logits, mask)
+    known = keep & (labelled != 0).reshape(-1, *(1,) * (logits.ndim - 1))
+    z, d = _inside(logits, keep), _inside(sdf.reshape(logits.shape), keep)
+    y = _inside(target.reshape(logits.shape).to(logits), known)
+    p, t = z.sigmoid(), (-k * d).sigmoid()
+
+    def total(x: Tensor, where: Tensor) -> Tensor:  # (groups,)
+        sums = _inside(x, where).flatten(1).sum(1)
+        return sums if per_image else sums.sum(0, keepdim=True)
+
+    def dice(x: Tensor) -> Tensor:
+        n, s = total(2 * x * y, known) + eps, total(x**2, known) + total(y**2, known) + eps
+        return torch.where(s == 0, torch.zeros_like(s), 1 - _share(n, s))
+
+    count = total(torch.ones_like(z), known)
+    ce = _share(total(F.binary_cross_entropy_with_logits(z, y, reduction="none"), known), count)
+    seg, of_mask = (_share(x * count, count) for x in ((ce + dice(p)) / 2, dice(t)))
+    left, right = (p, t.detach()) if routing == "logits" else (p.detach(), t) if routing == "sdf" else (p, t)
+    consistency = _share(total((left - right) ** 2, keep), total(torch.ones_like(z), keep))
+    if routing == "shared":
+        consistency = 2 * consistency - consistency.detach()
+    if reduction == "image":
+        return seg, of_mask, consistency
+    groups = int((labelled != 0).sum()) if per_image else 1
+    a, b, c = (
+        seg.sum() / max(groups, 1),
+        of_mask.sum() / max(groups, 1),
+        consistency.sum() / max(len(consistency), 1),
+    )
+    return a, b, c
+
+
 # ---- distances ------------------------------------------------------------------------------------
 
 

@@ -47,6 +47,7 @@ namespace noisyseg {
 namespace py = pybind11;
 using release_gil = py::call_guard<py::gil_scoped_release>;
 void bind_losses(py::module_& m);
+void bind_task_losses(py::module_& m);
 void bind_distance(py::module_& m);
 void bind_surface(py::module_& m);
 }  // namespace noisyseg

@@ -51,6 +51,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("build_info", &noisyseg::build_info);
   m.def("use_huge_pages", &noisyseg::use_huge_pages);
   noisyseg::bind_losses(m);
+  noisyseg::bind_task_losses(m);
   noisyseg::bind_distance(m);
   noisyseg::bind_surface(m);
 }

@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import noisyseg_fast as nf  # noqa: E402
+from noisyseg_fast import task_losses  # noqa: E402
 
 
 def _loss(function, **options):
@@ -47,8 +48,35 @@ def _volumes(seed, device):
     return _mask(seed, device, (1, 1, 40, 56, 33))
 
 
+def _task(loss):
+    def operation(logits, other, labels):
+        terms, *grads = loss(logits, other, labels)
+        return (*terms, *grads)
+
+    return operation
+
+
+def _maps(maps, scale):
+    def make(seed, device):
+        g = torch.Generator().manual_seed(seed)
+        logits = 2 * torch.randn((3, 1, 96, 120), generator=g)
+        other = scale * torch.rand((3, maps, 96, 120), generator=g)
+        labels = (torch.rand((3, maps, 96, 120), generator=g) > 0.5).to(torch.uint8)
+        return logits.to(device), other.to(device), labels.to(device)
+
+    return make
+
+
 # name -> (operation on tensors, maker of its inputs from a seed)
 OPERATIONS = {
+    "uncertainty_weighted_loss": (
+        _task(lambda z, u, y: task_losses.uncertainty_weighted_loss(z, y, u, return_grad=True)),
+        _maps(4, 1),
+    ),
+    "dual_task_loss": (
+        _task(lambda z, d, y: task_losses.dual_task_loss(z, d, y, return_grad=True)),
+        _maps(1, 1e-3),
+    ),
     "nr_dice_loss": (_loss(nf.nr_dice_loss), _logits),
     "nr_dice_loss_large": (_loss(nf.nr_dice_loss), lambda s, d: _logits(s, d, (2, 1, 512, 512))),
     "dice_loss": (_loss(nf.dice_loss, activation="softmax"), _logits),
