@@ -257,7 +257,7 @@ void check(const std::string& name, Inputs& in, const LossOptions& o, Reduction 
     grad[run] = Tensor(shape, gpu ? dtype : DType::f64, gpu ? grad_order : Order::contiguous);
     const size_t size = gpu ? cuda::loss_workspace(logits, exec) : cpu::loss_workspace(logits, exec);
     std::vector<double> workspace(size / sizeof(double), -7);
-    const bool keep = gpu && o.region == RegionLoss::none && channels != 5;
+    const bool keep = gpu && o.region == RegionLoss::none && channels != 7;
     const LossReport report = (gpu ? cuda::loss_forward : cpu::loss_forward)(
         logits, target, weight, mask, class_weight, o, reduction, loss[run].array(), sums[run].array(),
         keep ? grad[run].array() : Array{}, workspace.data(), exec);
@@ -325,24 +325,26 @@ void check(const std::string& name, Inputs& in, const LossOptions& o, Reduction 
           stored + rounding_of(dtype), floor);
 }
 
-void run(const Shape& shape, bool spoil) {
+// kept: a draw whose forward call leaves the gradient.
+void run(const Shape& shape, bool spoil, bool kept = false) {
   static int turn = 0;  // all losses in turn
   const int64_t classes = shape[1];
   LossOptions o;
-  const int region = turn % 5, pixel = turn / 5 % 8;
+  const int region = kept ? 0 : turn % 5, pixel = kept ? 1 + turn % 6 : turn / 5 % 8;
   ++turn;
   o.region = static_cast<RegionLoss>(region || pixel ? region : 1);
   o.pixel = static_cast<PixelLoss>(pick(3) && region ? 0 : pixel);
   const bool both = o.region != RegionLoss::none && o.pixel != PixelLoss::none;
   const bool softmax = classes > 1 && pick(3) > 0;
   const bool labels = spoil || (pick(3) > 0 && (o.pixel != PixelLoss::boundary || pick(3) == 0));
-  const auto dtype = pick({DType::f32, DType::f32, DType::f64, DType::bf16, DType::f16});
+  const auto dtype = kept ? DType::f32 : pick({DType::f32, DType::f32, DType::f64, DType::bf16, DType::f16});
   const auto order = pick({Order::contiguous, Order::channels_last, Order::strided, Order::expanded});
   DType target_dtype = labels ? pick({DType::u8, DType::u8, DType::i32, DType::i64})
                               : pick({DType::u8, DType::f32, DType::f64, DType::bf16, DType::f16});
   if (labels && !spoil && classes < 3 && pick(4) == 0) target_dtype = DType::b8;
   const int weight = static_cast<int>(pick(3)), mask = spoil ? 0 : static_cast<int>(pick(3));
-  auto reduction = pick({Reduction::mean, Reduction::sum, Reduction::none, Reduction::image});
+  auto reduction = kept ? pick({Reduction::mean, Reduction::mean, Reduction::sum})
+                        : pick({Reduction::mean, Reduction::sum, Reduction::none, Reduction::image});
   if (both && reduction == Reduction::none) reduction = Reduction::mean;
   o.has_ignore = labels && target_dtype != DType::b8 && pick(3) == 0;
   o.ignore = o.has_ignore ? pick({int64_t{254}, int64_t{1}}) : 0;
@@ -392,7 +394,9 @@ int main(int count, char** arguments) {
       run({3, classes, 3, 1, 5}, round == 0);
       run({2, classes, 257}, false);
     }
-  for (int64_t classes : {1, 3}) run({1, classes, 64, 64}, false);  // four tiles
+  for (int64_t classes : {1, 2, 3, 5})
+    run({2, classes, 9, 31}, false, true), run({1, classes, 700}, false, true);
+  for (int64_t classes : {1, 3}) run({1, classes, 64, 64}, false);  // eight tiles
   for (int64_t classes : {2, 7}) run({2, classes, 7, 11, 17}, false);
   run({1, 257, 2}, false);  // more classes than a block keeps on chip
   run({1, 70, 300}, false);
