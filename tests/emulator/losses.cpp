@@ -394,7 +394,7 @@ int main(int count, char** arguments) {
       run({3, classes, 3, 1, 5}, round == 0);
       run({2, classes, 257}, false);
     }
-  for (int64_t classes : {1, 2, 3, 5})
+  for (int64_t classes : {1, 2, 3, 5, 1, 2, 3, 5})
     run({2, classes, 9, 31}, false, true), run({1, classes, 700}, false, true);
   for (int64_t classes : {1, 3}) run({1, classes, 64, 64}, false);  // eight tiles
   for (int64_t classes : {2, 7}) run({2, classes, 7, 11, 17}, false);
