@@ -38,8 +38,12 @@ _HOME = {
     "BoundaryLoss": "losses",
     "consistency_loss": "losses",
     "ConsistencyLoss": "losses",
+    "uncertainty_weighted_loss": "task_losses",
+    "UncertaintyWeightedLoss": "task_losses",
+    "dual_task_loss": "task_losses",
+    "DualTaskLoss": "task_losses",
 }
-_MODULES = ("distance", "losses", "metrics", "noise", "reference", "sample", "training")
+_MODULES = ("distance", "losses", "metrics", "noise", "reference", "sample", "task_losses", "training")
 
 __all__ = ["build_info", *_HOME, *_MODULES]
 
