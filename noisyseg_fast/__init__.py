@@ -20,6 +20,8 @@ _HOME = {
     "signed_distance_map": "distance",
     "surface_metrics": "metrics",
     "overlap_metrics": "metrics",
+    "confusion": "metrics",
+    "OverlapAccumulator": "metrics",
     "nr_dice_loss": "losses",
     "NRDiceLoss": "losses",
     "dice_loss": "losses",
@@ -27,7 +29,7 @@ _HOME = {
     "pixel_loss": "losses",
     "PixelLoss": "losses",
 }
-_MODULES = ("distance", "losses", "metrics", "noise", "reference", "sample", "training")
+_MODULES = ("compat", "distance", "losses", "metrics", "noise", "reference", "sample", "training")
 
 __all__ = ["build_info", *_HOME, *_MODULES]
 
