@@ -216,9 +216,7 @@ def confusion(
     Arguments, shapes and errors are those of overlap_metrics; the results int64. They add up over images: see
     OverlapAccumulator.
     """
-    space, counts, _, size = _overlap(
-        pred, target, spatial_dims, num_classes, include_background, threshold
-    )
+    space, counts, _, size = _overlap(pred, target, spatial_dims, num_classes, include_background, threshold)
     p, t, both = counts[..., 0], counts[..., 1], counts[..., 2]
     return Confusion(*(space.back(x) for x in (both, p - both, t - both, size - p - t + both)))
 
@@ -274,16 +272,18 @@ class OverlapAccumulator:
 def sum_by_class(counts: Confusion) -> np.ndarray[Any, Any]:
     """A batch's confusion (..., C) or () as NumPy int64 (C, 4)."""
 
-    def total(x: Any) -> np.ndarray[Any, Any]:
+    def total(x: Any) -> Any:
         host = x.cpu().numpy() if hasattr(x, "cpu") else x.get() if hasattr(x, "get") else np.asarray(x)
-        return np.asarray(host, np.int64).reshape(-1, host.shape[-1] if host.ndim else 1).sum(0)
+        return host.reshape(-1, host.shape[-1] if host.ndim else 1).sum(0)
 
-    return np.stack([total(x) for x in counts], -1)
+    return np.stack([total(x) for x in counts], -1).astype(np.int64)
 
 
 def overlap_of(counts: np.ndarray[Any, Any]) -> OverlapMetrics:
     """The metrics (C,) of counts (C, 4): tp, fp, fn, tn."""
-    rows = [_core.overlap_result(tp + fp, tp + fn, tp, tp + fp + fn + tn) for tp, fp, fn, tn in counts.tolist()]
+    rows = [
+        _core.overlap_result(tp + fp, tp + fn, tp, tp + fp + fn + tn) for tp, fp, fn, tn in counts.tolist()
+    ]
     return OverlapMetrics(*np.array(rows, np.float64).reshape(-1, 6).T)
 
 
@@ -299,7 +299,9 @@ def _overlap(
     space = _arrays.of(pred=pred, target=target)
     options: dict[str, Any] = {}
     if space.dtype(pred) in _arrays.FLOATS:
-        dims, lead, options = _check_logits(space, pred, target, spatial_dims, num_classes, include_background)
+        dims, lead, options = _check_logits(
+            space, pred, target, spatial_dims, num_classes, include_background
+        )
         channels = int(pred.shape[len(pred.shape) - dims - 1])
         if threshold is None and channels > 1:
             options["pred"] = "argmax"
@@ -386,7 +388,9 @@ def _classes(num_classes: int, include_background: bool) -> dict[str, Any]:
     first = 0 if include_background else 1
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes <= first:
         least = f"an integer of at least {first + 1}"
-        raise ValueError(f"num_classes must be {least} (include_background={include_background}), got {num_classes!r}")
+        raise ValueError(
+            f"num_classes must be {least} (include_background={include_background}), got {num_classes!r}"
+        )
     return {"classes": num_classes - first, "first_label": first}
 
 
@@ -417,7 +421,7 @@ def _missing(empty: str | float, size: Sequence[int], spacing: Sequence[float]) 
         return math.inf
     if empty == "diagonal":
         return math.sqrt(sum((int(n) * s) ** 2 for n, s in zip(size, spacing, strict=True)))
-    if isinstance(empty, str) or isinstance(empty, bool) or not empty >= 0:
+    if isinstance(empty, str | bool) or not empty >= 0:
         raise ValueError(f"empty must be 'inf', 'diagonal' or a number that is not negative, got {empty!r}")
     return float(empty)
 
@@ -432,7 +436,7 @@ def _tolerances(tolerance: Any, lead: Sequence[int]) -> tuple[list[list[float]],
         ) from None
     if table.size == 0 or not (np.isfinite(table) & (table >= 0)).all():
         raise ValueError(f"tolerance must be finite and not negative, got {tolerance}")
-    if table.ndim > 2 or table.ndim == 2 and len(table) != (lead[-1] if lead else 1):
+    if table.ndim > 2 or (table.ndim == 2 and len(table) != (lead[-1] if lead else 1)):
         raise ValueError(
             f"tolerance has shape {table.shape}; for each class it must be ({lead[-1] if lead else 1}, tolerances)"
         )

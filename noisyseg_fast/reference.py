@@ -272,8 +272,9 @@ def contour_area(code: int, spacing: Sequence[float]) -> float:
             grown = {c for c in left if any(sum(map(operator.ne, c, g)) <= 1 for g in group)}
         left = left - group
         edges = [(a, b) for a, b in itertools.combinations(group, 2) if sum(map(operator.ne, a, b)) == 1]
-        along = [[i for i in range(3) if a[i] != b[i]][0] for a, b in edges]
-        ends = [axis for (a, b), axis in zip(edges, along, strict=True) for c in (a, b) if sum(c in e for e in edges) == 1]
+        along = [next(i for i in range(3) if a[i] != b[i]) for a, b in edges]
+        degree = {c: sum(c in edge for edge in edges) for c in group}
+        ends = [axis for edge, axis in zip(edges, along, strict=True) for c in edge if degree[c] == 1]
         if len(group) == 1:
             area += corner
         elif len(group) == 2:

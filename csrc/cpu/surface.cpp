@@ -45,7 +45,14 @@ using formulas::smaller;
 
 int64_t align(int64_t bytes) { return (bytes + 63) & ~int64_t{63}; }
 
-int thread_count(const Exec& exec) { return exec.threads > 0 ? exec.threads : omp_get_max_threads(); }
+// One thread for few voxels: waking others, a few times in a call, would take longer.
+int thread_count(const Exec& exec, int64_t voxels) {
+  return voxels < 65536 ? 1 : exec.threads > 0 ? exec.threads : omp_get_max_threads();
+}
+
+int thread_count(const Exec& exec, const MaskPairs& m, int64_t items) {
+  return thread_count(exec, items * m.grid[0] * m.grid[1] * m.grid[2]);
+}
 
 int workers_of(int64_t items, int threads) { return items < 2 * threads ? 1 : threads; }
 
@@ -746,8 +753,8 @@ size_t surface_extract(const Array& pred, const Array& target, int spatial_dims,
                        const SurfaceOptions& options, void* surfaces, const Exec& exec) {
   const MaskPairs m = in_memory_order(formulas::surface_pairs(pred, target, spatial_dims, options));
   const Layout l = layout_of(m.grid);
-  const int threads = thread_count(exec);
   const int64_t items = items_of(m, options);
+  const int threads = thread_count(exec, m, items);
   const bool equal = common_spacing(m) > 0;
   for_each_item(items, threads, [&](int64_t i, int inner, int) {
     (equal ? prepare<int64_t> : prepare<double>)(m, l, options, i, surfaces, inner);
@@ -759,7 +766,7 @@ void surface_metrics(const Array& pred, int spatial_dims, const SurfaceOptions& 
                      void* workspace, const Array& out, const Exec& exec) {
   const MaskPairs m = in_memory_order(formulas::surface_pairs(pred, pred, spatial_dims, options));
   const Layout l = layout_of(m.grid);
-  const int threads = thread_count(exec);
+  const int threads = thread_count(exec, m, items_of(m, options));
   const Scratch parts = scratch_of(m, l, options, surfaces, threads);
   const bool equal = common_spacing(m) > 0, cells = options.surface == SurfaceKind::cells;
   const Rules rules = {options, formulas::limits_of(options), formulas::cell_weights(m.spacing)};
@@ -782,7 +789,9 @@ void overlap_metrics(const Array& pred, const Array& target, int spatial_dims, c
   int64_t* counts = static_cast<int64_t*>(counts_out.data);
   for (int64_t i = 0; i < 3 * m.items; ++i) counts[i] = 0;
   const int64_t *n = m.shape, classes = m.classes, first = larger(m.first_label, 0);
-#pragma omp parallel for schedule(static) num_threads(thread_count(exec))
+  const int threads = thread_count(exec, m, m.items);
+  (void)threads;  // without OpenMP
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t plane = 0; plane < m.images * n[0]; ++plane) {
     const int64_t image = plane / n[0], z = plane % n[0];
     int64_t sum[3 * OverlapOptions::max_classes];
