@@ -614,8 +614,9 @@ __global__ void __launch_bounds__(threads) zero_counts(u64* counts, int64_t n) {
 
 // Counts |pred|, |target| and |pred and target| of each class: grid (parts of an image, images). Reads each
 // logit and each mask and label once.
+template <OverlapOptions::Pred kind>
 __global__ void __launch_bounds__(threads)
-    count_overlap(formulas::OverlapPairs m, OverlapOptions::Pred kind, double threshold, u64* counts) {
+    count_overlap(formulas::OverlapPairs m, double threshold, u64* counts) {
   __shared__ unsigned tally[3 * OverlapOptions::max_classes];
   const int classes = static_cast<int>(m.classes), lane = static_cast<int>(threadIdx.x & 31);
   const int64_t voxels = m.shape[0] * m.shape[1] * m.shape[2], first = m.first_label < 0 ? 0 : m.first_label;
@@ -637,6 +638,7 @@ __global__ void __launch_bounds__(threads)
       if (here && kind == OverlapOptions::argmax) {
         double best = formulas::real_at(m.data[0], m.dtype[0], at[0]);
         label[0] = 0;
+#pragma unroll 1
         for (int64_t c = 1; c < m.logits; ++c) {
           const double v = formulas::real_at(m.data[0], m.dtype[0], at[0] + c * m.class_stride[0]);
           if (v > best) {
@@ -645,6 +647,7 @@ __global__ void __launch_bounds__(threads)
           }
         }
       }
+#pragma unroll 1
       for (int k = 0; k < classes; ++k) {
         bool object[2];
         for (int side = 0; side < 2; ++side)
@@ -764,9 +767,16 @@ void overlap_metrics(const Array& pred, const Array& target, int spatial_dims, c
   u64* counts = static_cast<u64*>(counts_out.data);
   NOISYSEG_LAUNCH((zero_counts), blocks_for(3 * m.items, threads, int64_t{1} << 30), threads, 0, exec, counts,
                   3 * m.items);
-  NOISYSEG_LAUNCH((count_overlap),
-                  dim3(blocks_for(voxels, 16 * threads, 4096), blocks_for(m.images, 1, 65535)), threads, 0,
-                  exec, m, options.pred, options.threshold, counts);
+  const dim3 grid(blocks_for(voxels, 16 * threads, 4096), blocks_for(m.images, 1, 65535));
+  if (options.pred == OverlapOptions::masks)
+    NOISYSEG_LAUNCH((count_overlap<OverlapOptions::masks>), grid, threads, 0, exec, m, options.threshold,
+                    counts);
+  else if (options.pred == OverlapOptions::argmax)
+    NOISYSEG_LAUNCH((count_overlap<OverlapOptions::argmax>), grid, threads, 0, exec, m, options.threshold,
+                    counts);
+  else
+    NOISYSEG_LAUNCH((count_overlap<OverlapOptions::above>), grid, threads, 0, exec, m, options.threshold,
+                    counts);
   NOISYSEG_LAUNCH((write_overlap), blocks_for(m.items, threads, int64_t{1} << 30), threads, 0, exec, counts,
                   voxels, static_cast<double*>(out.data), m.items);
 }
