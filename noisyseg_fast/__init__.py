@@ -20,6 +20,8 @@ _HOME = {
     "signed_distance_map": "distance",
     "surface_metrics": "metrics",
     "overlap_metrics": "metrics",
+    "confusion": "metrics",
+    "OverlapAccumulator": "metrics",
     "nr_dice_loss": "losses",
     "NRDiceLoss": "losses",
     "dice_loss": "losses",
@@ -43,7 +45,11 @@ _HOME = {
     "dual_task_loss": "task_losses",
     "DualTaskLoss": "task_losses",
 }
+<<<<<<< HEAD
 _MODULES = ("distance", "losses", "metrics", "noise", "reference", "sample", "task_losses", "training")
+=======
+_MODULES = ("compat", "distance", "losses", "metrics", "noise", "reference", "sample", "training")
+>>>>>>> metrics
 
 __all__ = ["build_info", *_HOME, *_MODULES]
 
