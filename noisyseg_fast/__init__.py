@@ -45,11 +45,17 @@ _HOME = {
     "dual_task_loss": "task_losses",
     "DualTaskLoss": "task_losses",
 }
-<<<<<<< HEAD
-_MODULES = ("distance", "losses", "metrics", "noise", "reference", "sample", "task_losses", "training")
-=======
-_MODULES = ("compat", "distance", "losses", "metrics", "noise", "reference", "sample", "training")
->>>>>>> metrics
+_MODULES = (
+    "compat",
+    "distance",
+    "losses",
+    "metrics",
+    "noise",
+    "reference",
+    "sample",
+    "task_losses",
+    "training",
+)
 
 __all__ = ["build_info", *_HOME, *_MODULES]
 
