@@ -20,6 +20,8 @@ _HOME = {
     "signed_distance_map": "distance",
     "surface_metrics": "metrics",
     "overlap_metrics": "metrics",
+    "confusion": "metrics",
+    "OverlapAccumulator": "metrics",
     "nr_dice_loss": "losses",
     "NRDiceLoss": "losses",
     "dice_loss": "losses",
@@ -38,8 +40,22 @@ _HOME = {
     "BoundaryLoss": "losses",
     "consistency_loss": "losses",
     "ConsistencyLoss": "losses",
+    "uncertainty_weighted_loss": "task_losses",
+    "UncertaintyWeightedLoss": "task_losses",
+    "dual_task_loss": "task_losses",
+    "DualTaskLoss": "task_losses",
 }
-_MODULES = ("distance", "losses", "metrics", "noise", "reference", "sample", "training")
+_MODULES = (
+    "compat",
+    "distance",
+    "losses",
+    "metrics",
+    "noise",
+    "reference",
+    "sample",
+    "task_losses",
+    "training",
+)
 
 __all__ = ["build_info", *_HOME, *_MODULES]
 

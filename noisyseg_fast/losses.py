@@ -29,6 +29,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import _arrays, _core
+from .task_losses import (  # noqa: F401  # looked for here
+    DualTaskLoss,
+    UncertaintyWeightedLoss,
+    dual_task_loss,
+    uncertainty_weighted_loss,
+)
 
 if TYPE_CHECKING:
     from torch import nn

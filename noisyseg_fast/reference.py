@@ -6,7 +6,9 @@ voxels, so keep the images small.
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -509,15 +511,88 @@ def signed_distance_map(
 # metrics.SurfaceMetrics and metrics.OverlapMetrics, each a float64 tensor of the leading shape.
 
 
-def mask_surface(mask: torch.Tensor) -> torch.Tensor:
-    """mask (*S) without its erosion by the face-connected cross; outside the image is background."""
+def mask_surface(mask: torch.Tensor, surface: str = "face", border: bool = True) -> torch.Tensor:
+    """mask (*S) without its erosion by the face-connected ("face") or full ("full") neighbourhood; "cells": bool
+    (*S + 1), the cells between voxel centres that hold both object and background. Outside the image is background
+    (border) or a repetition of its edge."""
     mask = mask != 0
+    grown = _grown(mask, border)
+    if surface == "cells":
+        corners = torch.stack([_shifted(grown, s, 1) for s in itertools.product((0, 1), repeat=mask.ndim)])
+        return corners.any(0) & ~corners.all(0)
     inner = mask.clone()
-    for axis in range(mask.ndim):
-        along = inner.new_zeros([n + 2 if i == axis else n for i, n in enumerate(mask.shape)])
-        along.narrow(axis, 1, mask.shape[axis]).copy_(mask)
-        inner &= along.narrow(axis, 0, mask.shape[axis]) & along.narrow(axis, 2, mask.shape[axis])
+    for shift in itertools.product((0, 1, 2), repeat=mask.ndim):
+        if surface == "full" or sum(s != 1 for s in shift) == 1:
+            inner &= _shifted(grown, shift, 2)
     return mask & ~inner
+
+
+def cell_weights(mask: torch.Tensor, spacing: Sequence[float], border: bool = True) -> torch.Tensor:
+    """Length (2D) or area (3D) of the marching-squares or -cubes contour in each of the cells (*S + 1)."""
+    axes = mask.ndim
+    grown = _grown(mask != 0, border)
+    sizes = (*spacing, 1.0, 1.0)[:3]
+    code = sum(
+        _shifted(grown, corner[:axes], 1).long() << i  # lower dimensions: prisms of length 1
+        for i, corner in enumerate(itertools.product((0, 1), repeat=3))
+    )
+    assert isinstance(code, torch.Tensor)
+    area = {c: contour_area(c, sizes) for c in code.unique().tolist()}
+    return torch.tensor([area[c] for c in code.flatten().tolist()], dtype=torch.float64).reshape(code.shape)
+
+
+def contour_area(code: int, spacing: Sequence[float]) -> float:
+    """Area of marching cubes' polygons in a cell; bit 4 z + 2 y + x of code tells whether that corner is object.
+
+    The fewer corners (object's or background's) are cut off from the others, each group of them that hangs together
+    along the cube's edges on its own, through the middles of the edges that leave the group.
+    """
+    sides = {c for i, c in enumerate(itertools.product((0, 1), repeat=3)) if code >> i & 1}
+    left = sides if len(sides) <= 4 else set(itertools.product((0, 1), repeat=3)) - sides
+    z, y, x = spacing
+    faces = (y * x, z * x, z * y)
+    corner = math.hypot(*faces) / 8  # the triangle that cuts off one corner
+    strip = [math.hypot(*(f for i, f in enumerate(faces) if i != axis)) / 2 for axis in range(3)]
+    area = 0.0
+    while left:
+        group, grown = set[tuple[int, ...]](), {min(left)}
+        while grown != group:
+            group = grown
+            grown = {c for c in left if any(sum(map(operator.ne, c, g)) <= 1 for g in group)}
+        left = left - group
+        edges = [(a, b) for a, b in itertools.combinations(group, 2) if sum(map(operator.ne, a, b)) == 1]
+        along = [next(i for i in range(3) if a[i] != b[i]) for a, b in edges]
+        degree = {c: sum(c in edge for edge in edges) for c in group}
+        ends = [axis for edge, axis in zip(edges, along, strict=True) for c in edge if degree[c] == 1]
+        if len(group) == 1:
+            area += corner
+        elif len(group) == 2:
+            area += strip[along[0]]
+        elif len(group) == 3:  # half of the face they lie in, and a trapezoid
+            area += faces[3 - sum(along)] / 2 + 3 * corner
+        elif len(edges) == 4:
+            area += faces[3 - sum(set(along))]
+        elif len(ends) == 3:  # a corner with its neighbours: a hexagon
+            area += 6 * corner
+        else:  # a path along three axes
+            area += 4 * corner + sum(strip[axis] for axis in ends) / 2
+    return area
+
+
+def _grown(mask: torch.Tensor, border: bool) -> torch.Tensor:
+    """A bool mask with one more voxel on every side, background or a repetition of its edge."""
+    for axis in range(mask.ndim):
+        first, last = mask.narrow(axis, 0, 1), mask.narrow(axis, mask.shape[axis] - 1, 1)
+        ends = (torch.zeros_like(first), torch.zeros_like(last)) if border else (first, last)
+        mask = torch.cat([ends[0], mask, ends[1]], axis)
+    return mask
+
+
+def _shifted(grown: torch.Tensor, start: Sequence[int], less: int) -> torch.Tensor:
+    """The part of a grown mask that begins at start, `less` voxels smaller along each axis."""
+    for axis, s in enumerate(start):
+        grown = grown.narrow(axis, s, grown.shape[axis] - less)
+    return grown
 
 
 def surface_metrics(
@@ -526,27 +601,55 @@ def surface_metrics(
     spacing: Sequence[float] | None = None,
     *,
     spatial_dims: int | None = None,
-    definition: str = "monai",
     percentile: float = 95,
-    tolerance: float = 1.0,
+    tolerance: float | Sequence[float] = 1.0,
+    surface: str = "face",
+    percentile_rule: str = "max",
+    interpolation: str = "linear",
+    average: str = "pooled",
+    border: bool = True,
+    missing: float = math.inf,
 ) -> tuple[torch.Tensor, ...]:
-    """hd, hd_percentile, asd, assd, nsd as metrics.surface_metrics defines them, by comparing all pairs."""
+    """hd, hd_percentile, asd, assd, asd_target, nsd at each tolerance as metrics.surface_metrics defines them for one
+    bundle of rules, by comparing all pairs."""
+    tolerances = [tolerance] if isinstance(tolerance, int | float) else list(tolerance)
 
     def one(p: torch.Tensor, t: torch.Tensor) -> list[float]:
         size = torch.tensor(spacing or [1.0] * p.ndim, dtype=torch.float64)
-        a, b = mask_surface(p).nonzero() * size, mask_surface(t).nonzero() * size
-        if not len(a) or not len(b):
-            return [math.inf] * 4 + [0.0] if len(a) or len(b) else [0.0] * 4 + [1.0]
+        places = [mask_surface(m, surface, border) for m in (p, t)]
+        if not all(x.any() for x in places):
+            agree = torch.equal(p != 0, t != 0)
+            return [0.0 if agree else missing] * 5 + [float(agree)] * len(tolerances)
+        a, b = (x.nonzero() * size for x in places)
+        weights = [torch.ones(len(x), dtype=torch.float64) for x in (a, b)]
+        if surface == "cells":
+            weights = [cell_weights(m, size.tolist(), border)[x] for m, x in zip((p, t), places, strict=True)]
         squared = torch.zeros(len(a), len(b), dtype=torch.float64)
         for axis in range(p.ndim):
             squared += (a[:, None, axis] - b[None, :, axis]) ** 2
-        to_target, to_pred = squared.amin(1).sqrt(), squared.amin(0).sqrt()
-        both = torch.cat([to_target, to_pred])
-        q = percentile / 100
-        directed = torch.maximum(to_target.quantile(q), to_pred.quantile(q))
-        near = (both.float() <= torch.tensor(tolerance, dtype=torch.float32)).double()
-        high = directed if definition == "monai" else both.quantile(q)
-        return [float(x) for x in (both.max(), high, to_target.mean(), both.mean(), near.mean())]
+        directed = [squared.amin(1).sqrt(), squared.amin(0).sqrt()]
+        both, weight = torch.cat(directed), torch.cat(weights)
+
+        def mean(x: list[torch.Tensor]) -> list[float]:
+            """From pred, from target, and of both."""
+            parts = [float((w * v).sum() / w.sum()) for w, v in zip(weights, x, strict=True)]
+            pooled = float((weight * torch.cat(x)).sum() / weight.sum())
+            return [*parts, sum(parts) / 2 if average == "mean" else pooled]
+
+        def quantile(d: torch.Tensor, w: torch.Tensor) -> float:
+            if interpolation == "linear":
+                return float(d.quantile(percentile / 100))
+            d, order = d.sort()
+            reached = w[order].cumsum(0) >= percentile / 100 * w.sum() * (1 - 1e-9)
+            return float(d[reached][0]) if reached.any() else float(d[-1])
+
+        high = quantile(both, weight)
+        if percentile_rule == "max":
+            high = max(quantile(d, w) for d, w in zip(directed, weights, strict=True))
+        asd, back, assd = mean(directed)
+        limits = [torch.tensor(x, dtype=torch.float32) for x in tolerances]
+        nsd = [mean([(d.float() <= limit).double() for d in directed])[2] for limit in limits]
+        return [float(both.max()), high, asd, assd, back, *nsd]
 
     return _per_mask(one, pred, target, spatial_dims)
 

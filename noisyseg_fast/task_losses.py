@@ -20,6 +20,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from . import _arrays, _core
 
 if TYPE_CHECKING:
@@ -331,7 +333,8 @@ def _dual_task_arguments(
         raise ValueError("reduction 'image' needs per_image=True: the sums run over the batch otherwise")
     _given(logits=logits, sdf=sdf, target=target)
     # bool is an int, but "labelled=True" would mean one image
-    count = labelled if isinstance(labelled, int) and not isinstance(labelled, bool) else None
+    counted = isinstance(labelled, (int, np.integer)) and not isinstance(labelled, bool)
+    count = int(labelled) if counted else None
     chosen = None if count is not None else labelled
     space = _arrays.of(logits=logits, sdf=sdf, target=target, labelled=chosen, mask=mask)
     shape = _check_logits(space, logits)

@@ -14,5 +14,7 @@ for shape in ((128, 1, 64, 64), (4, 1, 112, 112, 80)):
     nf.distance_transform_edt(labels, spatial_dims=dims)
     nf.signed_distance_map(labels, spatial_dims=dims)
     nf.surface_metrics(labels, shifted, spatial_dims=dims)
+    nf.surface_metrics(labels, shifted, spatial_dims=dims, definition="deepmind")
     nf.overlap_metrics(labels, shifted, spatial_dims=dims)
+    nf.overlap_metrics(logits.detach(), labels)
 torch.cuda.synchronize()

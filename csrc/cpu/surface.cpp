@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/isa.h"
 #include "noisyseg/surface.h"
@@ -25,9 +26,14 @@
 
 namespace noisyseg {
 namespace {
+using formulas::CellWeights;
+using formulas::common_spacing;
 using formulas::highest_bit;
+using formulas::items_of;
 using formulas::larger;
+using formulas::Limits;
 using formulas::lowest_bit;
+using formulas::MaskBits;
 using formulas::MaskPairs;
 using formulas::max_offsets;
 using formulas::nearest;
@@ -39,7 +45,14 @@ using formulas::smaller;
 
 int64_t align(int64_t bytes) { return (bytes + 63) & ~int64_t{63}; }
 
-int thread_count(const Exec& exec) { return exec.threads > 0 ? exec.threads : omp_get_max_threads(); }
+// One thread for few voxels: waking others, a few times in a call, would take longer.
+int thread_count(const Exec& exec, int64_t voxels) {
+  return voxels < 65536 ? 1 : exec.threads > 0 ? exec.threads : omp_get_max_threads();
+}
+
+int thread_count(const Exec& exec, const MaskPairs& m, int64_t items) {
+  return thread_count(exec, items * m.grid[0] * m.grid[1] * m.grid[2]);
+}
 
 int workers_of(int64_t items, int threads) { return items < 2 * threads ? 1 : threads; }
 
@@ -63,6 +76,7 @@ void swap(T& a, T& b) {
 
 void swap_axes(MaskPairs& m, int a, int b) {
   swap(m.shape[a], m.shape[b]);
+  swap(m.grid[a], m.grid[b]);
   swap(m.spatial[a], m.spatial[b]);
   swap(m.spacing[a], m.spacing[b]);
   for (int side = 0; side < 2; ++side) swap(m.strides[side][a], m.strides[side][b]);
@@ -79,53 +93,61 @@ MaskPairs in_memory_order(MaskPairs m) {
 
 // ---- masks to bits ---------------------------------------------------------------------------------
 
-uint64_t pack64(const uint8_t* p) {
+// Bits of the bytes equal to `value`.
+uint64_t equal64(const uint8_t* p, uint8_t value) {
 #if defined(__AVX2__)
-  const __m256i zero = _mm256_setzero_si256();
+  const __m256i wanted = _mm256_set1_epi8(static_cast<char>(value));
   const auto part = [&](const uint8_t* q) -> uint32_t {
     return static_cast<uint32_t>(_mm256_movemask_epi8(
-        _mm256_cmpeq_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)), zero)));
+        _mm256_cmpeq_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)), wanted)));
   };
-  return ~(part(p) | static_cast<uint64_t>(part(p + 32)) << 32);
+  return part(p) | static_cast<uint64_t>(part(p + 32)) << 32;
 #elif defined(__SSE2__)
-  const __m128i zero = _mm_setzero_si128();
+  const __m128i wanted = _mm_set1_epi8(static_cast<char>(value));
   uint64_t word = 0;
   for (int i = 0; i < 4; ++i)
     word |= static_cast<uint64_t>(static_cast<uint32_t>(_mm_movemask_epi8(
-                _mm_cmpeq_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * i)), zero))))
+                _mm_cmpeq_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * i)), wanted))))
             << 16 * i;
-  return ~word;
+  return word;
 #else
   uint64_t word = 0;
-  for (int i = 0; i < 64; ++i) word |= static_cast<uint64_t>(p[i] != 0) << i;
+  for (int i = 0; i < 64; ++i) word |= static_cast<uint64_t>(p[i] == value) << i;
   return word;
 #endif
 }
 
 template <class T>
-uint64_t pack_some(const T* p, int64_t stride, int64_t n) {
+uint64_t pack_some(const T* p, int64_t stride, int64_t n, int64_t label) {
   uint64_t word = 0;
-  for (int64_t i = 0; i < n; ++i) word |= static_cast<uint64_t>(p[i * stride] != 0) << i;
+  if (label < 0)
+    for (int64_t i = 0; i < n; ++i) word |= static_cast<uint64_t>(p[i * stride] != 0) << i;
+  else
+    for (int64_t i = 0; i < n; ++i) word |= static_cast<uint64_t>(p[i * stride] == label) << i;
   return word;
 }
 
-// Bits 64 w to 64 w + 63 of a row of n voxels.
-uint64_t pack_word(const void* data, int bytes, int64_t first, int64_t stride, int64_t w, int64_t n) {
+// Bits 64 w to 64 w + 63 of a row of n voxels: of label, or of all that is not 0.
+uint64_t pack_word(const void* data, int bytes, int64_t first, int64_t stride, int64_t w, int64_t n,
+                   int64_t label) {
   const int64_t count = smaller(64, n - 64 * w), element = first + 64 * w * stride;
   if (bytes == 1) {
     const uint8_t* p = static_cast<const uint8_t*>(data) + element;
-    return stride == 1 && count == 64 ? pack64(p) : pack_some(p, stride, count);
+    if (label > 255) return 0;
+    if (stride != 1 || count < 64) return pack_some(p, stride, count, label);
+    return label < 0 ? ~equal64(p, 0) : equal64(p, static_cast<uint8_t>(label));
   }
-  if (bytes == 4) return pack_some(static_cast<const int32_t*>(data) + element, stride, count);
-  return pack_some(static_cast<const int64_t*>(data) + element, stride, count);
+  if (bytes == 4) return pack_some(static_cast<const int32_t*>(data) + element, stride, count, label);
+  return pack_some(static_cast<const int64_t*>(data) + element, stride, count, label);
 }
 
 // ---- surfaces --------------------------------------------------------------------------------------
 
-// The smallest box around both masks, and what is known of each surface.
+// The smallest box around both surfaces, and what is known of each.
 struct Box {
   int64_t low[3], shape[3];
-  int64_t count[2];  // surface voxels
+  int64_t count[2];  // surface elements
+  bool object[2];    // whether there are any, or there is no background at all
   bool map[2];       // whether their distances are to come from a map
 };
 
@@ -181,9 +203,12 @@ Item item_at(void* buffer, const Layout& l, const int64_t shape[3], int64_t item
   return r;
 }
 
-// Bits of both masks; per plane the rows and columns in use. Reads each mask once.
-void pack(const MaskPairs& m, const Layout& l, int64_t index, const Item& item, int threads) {
-  const int64_t *n = m.shape, base[2] = {item_offset(m, 0, index), item_offset(m, 1, index)};
+// Bits of both masks; per plane the rows and columns in use. Reads each mask once (B per voxel: both
+// dtypes'), writes 1/4 B per voxel. Where the image's edge is repeated, so is a row's last bit
+// (formulas::MaskBits).
+void pack(const MaskPairs& m, const Layout& l, int64_t index, bool border, const Item& item, int threads) {
+  const int64_t *n = m.shape, image = index / m.classes, label = label_of(m, index);
+  const int64_t base[2] = {item_offset(m, 0, image), item_offset(m, 1, image)};
   for (int side = 0; side < 2; ++side) item.mask[side][-1] = 0;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t z = 0; z < n[0]; ++z) {
@@ -196,13 +221,17 @@ void pack(const MaskPairs& m, const Layout& l, int64_t index, const Item& item, 
         to[side] = item.mask[side] + z * l.plane + y * l.row;
         const int64_t row = base[side] + z * m.strides[side][0] + y * m.strides[side][1];
         for (int64_t w = 0; w < l.words; ++w) {
-          to[side][w] = pack_word(m.data[side], m.bytes[side], row, m.strides[side][2], w, n[2]);
+          to[side][w] = 64 * w >= n[2]
+                            ? 0
+                            : pack_word(m.data[side], m.bytes[side], row, m.strides[side][2], w, n[2], label);
           any |= to[side][w];
         }
         to[side][l.words] = 0;
       }
       if (!any) continue;
       for (int64_t w = 0; w < l.words; ++w) columns[w] |= to[0][w] | to[1][w];
+      for (int side = 0; side < 2 && !border; ++side)
+        to[side][n[2] / 64] |= (to[side][(n[2] - 1) / 64] >> (n[2] - 1) % 64 & 1) << n[2] % 64;
       first = smaller(first, y);
       last = y;
     }
@@ -211,7 +240,8 @@ void pack(const MaskPairs& m, const Layout& l, int64_t index, const Item& item, 
   }
 }
 
-Box find_box(const int64_t n[3], const Layout& l, const Item& item) {
+Box find_box(const MaskPairs& m, const Layout& l, const Item& item) {
+  const int64_t* n = m.shape;
   int64_t low[3] = {n[0], n[1], n[2]}, high[3] = {-1, -1, -1};
   for (int64_t z = 0; z < n[0]; ++z) {
     if (item.rows[2 * z + 1] < 0) continue;
@@ -229,33 +259,38 @@ Box find_box(const int64_t n[3], const Layout& l, const Item& item) {
   Box box = {};
   for (int i = 0; i < 3; ++i) {
     box.low[i] = high[i] < 0 ? 0 : low[i];
-    box.shape[i] = high[i] < 0 ? 0 : high[i] - low[i] + 1;
+    box.shape[i] = high[i] < 0 ? 0 : high[i] - low[i] + 1 + (m.grid[i] - n[i]);  // cells end one place later
   }
   return box;
 }
 
-// surface = mask and not all face neighbours, inside the box; counts per plane, summed up.
-void extract(const MaskPairs& m, const Layout& l, const Item& item, int threads) {
+MaskBits bits_of(const MaskPairs& m, const Layout& l, const uint64_t* mask, bool border) {
+  return {mask,      l.plane,
+          l.row,     {m.shape[0], m.shape[1], m.shape[2]},
+          m.grid[2], {m.spatial[0], m.spatial[1], m.spatial[2]},
+          border};
+}
+
+// The surfaces inside the box; counts per plane, summed up. Reads the bits of the rows around each row (1/8 B
+// per voxel, the rest from the cache), writes 1/8 B per voxel and side.
+void extract(const MaskPairs& m, const Layout& l, const SurfaceOptions& o, const Item& item, int threads) {
   Box& box = *item.box;
   const int64_t z0 = box.low[0], z1 = z0 + box.shape[0], y0 = box.low[1], y1 = y0 + box.shape[1];
   const int64_t w0 = box.low[2] / 64, w1 = (box.low[2] + box.shape[2] + 63) / 64;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t z = z0; z < z1; ++z)
     for (int side = 0; side < 2; ++side) {
+      const MaskBits bits = bits_of(m, l, item.mask[side], o.border);
       int64_t count = 0;
       for (int64_t y = y0; y < y1; ++y) {
-        const uint64_t* in = item.mask[side] + z * l.plane + y * l.row;
         uint64_t* out = item.surface[side] + z * l.plane + y * l.row;
         out[w0 - 1] = out[w1] = 0;
         for (int64_t w = w0; w < w1; ++w) {
-          const uint64_t word = in[w];
-          out[w] = 0;
-          if (!word) continue;
-          uint64_t inner = (word << 1 | in[w - 1] >> 63) & (word >> 1 | in[w + 1] << 63);
-          if (m.spatial[1]) inner &= (y > 0 ? in[w - l.row] : 0) & (y + 1 < m.shape[1] ? in[w + l.row] : 0);
-          if (m.spatial[0])
-            inner &= (z > 0 ? in[w - l.plane] : 0) & (z + 1 < m.shape[0] ? in[w + l.plane] : 0);
-          out[w] = word & ~inner;
+          switch (o.surface) {  // so that each is compiled for its kind
+            case SurfaceKind::faces: out[w] = surface_word(bits, SurfaceKind::faces, z, y, w); break;
+            case SurfaceKind::full: out[w] = surface_word(bits, SurfaceKind::full, z, y, w); break;
+            default: out[w] = surface_word(bits, SurfaceKind::cells, z, y, w);
+          }
           count += __builtin_popcountll(out[w]);
         }
       }
@@ -265,6 +300,7 @@ void extract(const MaskPairs& m, const Layout& l, const Item& item, int threads)
     item.count[side][0] = 0;
     for (int64_t z = 0; z < box.shape[0]; ++z) item.count[side][z + 1] += item.count[side][z];
     box.count[side] = item.count[side][box.shape[0]];
+    box.object[side] = box.count[side] > 0 || *item.mask[side] & 1;
   }
 }
 
@@ -474,38 +510,52 @@ void directed_distances(const Item& item, const Layout& l, int side, double comm
 
 // ---- sums and order statistics ---------------------------------------------------------------------
 
-// Eight running sums, so that the order is fixed and the loop runs in vectors.
-void summarize(const double* squared, int64_t n, double tolerance, formulas::Directed& out) {
+// Eight running sums, so that the order is fixed and the loop runs in vectors. Reads 8 B per element (and 1 B
+// of its code), then 8 (9) B again for each tolerance.
+template <bool weighted>
+void summarize(const double* squared, const uint8_t* codes, const CellWeights& weights, int64_t n,
+               const double* limits, int tolerances, formulas::Directed& out, uint64_t* within) {
   double sum[8] = {}, most[8] = {};
-  int64_t within[8] = {};
+  const auto add = [&](int64_t i, int j) {
+    const double d = squared[i];
+    sum[j] += weighted ? static_cast<double>(weights.of[codes[i]]) * std::sqrt(d) : std::sqrt(d);
+    most[j] = d > most[j] ? d : most[j];
+  };
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)
-    for (int j = 0; j < 8; ++j) {
-      const double d = squared[i + j];
-      sum[j] += std::sqrt(d);
-      most[j] = d > most[j] ? d : most[j];
-      within[j] += formulas::within_tolerance(d, tolerance);
-    }
-  for (int j = 0; i < n; ++i, ++j) {
-    sum[j] += std::sqrt(squared[i]);
-    most[j] = squared[i] > most[j] ? squared[i] : most[j];
-    within[j] += formulas::within_tolerance(squared[i], tolerance);
-  }
-  out.count = n;
+    for (int j = 0; j < 8; ++j) add(i + j, j);
+  for (int j = 0; i < n; ++i, ++j) add(i, j);
+  out.count = out.weight = static_cast<uint64_t>(n);
   out.sum = out.maximum = 0;
-  out.within = 0;
   for (int j = 0; j < 8; ++j) {
     out.sum += sum[j];
     out.maximum = most[j] > out.maximum ? most[j] : out.maximum;
-    out.within += within[j];
+  }
+  if (weighted) {
+    out.weight = 0;
+    for (i = 0; i < n; ++i) out.weight += weights.of[codes[i]];
+  }
+  for (int t = 0; t < tolerances; ++t) {
+    const double limit = limits[t];
+    uint64_t total = 0;
+    for (i = 0; i < n; ++i)
+      if (weighted)
+        total += squared[i] <= limit ? weights.of[codes[i]] : 0;
+      else
+        total += squared[i] <= limit;
+    within[t] = total;
   }
 }
 
 // The percentile of sqrt(values) by radix selection: 11 bits at a time, the candidates moved to the
-// front. Destroys the order of values. No value is negative, so bit patterns sort as the numbers do.
-double select(double* values, int64_t n, double percentile) {
-  const formulas::Rank rank = formulas::percentile_rank(percentile, n);
-  int64_t k = rank.index, left = n;
+// front. Destroys the order of values and codes. No value is negative, so bit patterns sort as the numbers
+// do.
+template <bool weighted>
+double select(double* values, uint8_t* codes, const CellWeights& weights, int64_t n, uint64_t total,
+              double percentile, bool interpolate) {
+  const formulas::Rank rank = formulas::percentile_rank(percentile, total, interpolate);
+  uint64_t reach = rank.reach, in_bin = total;
+  int64_t left = n;
   double next = HUGE_VAL;  // smallest value above the candidates
   for (int shift = 53; left > 1; shift = shift > 11 ? shift - 11 : 0) {
     const auto key = [&](double v) {
@@ -513,53 +563,50 @@ double select(double* values, int64_t n, double percentile) {
       std::memcpy(&bits, &v, 8);
       return static_cast<int>(bits >> shift & 2047);
     };
-    int64_t histogram[2048] = {};
-    for (int64_t i = 0; i < left; ++i) ++histogram[key(values[i])];
+    uint64_t histogram[2048] = {};
+    for (int64_t i = 0; i < left; ++i) histogram[key(values[i])] += weighted ? weights.of[codes[i]] : 1;
     int bin = 0;
-    for (; k >= histogram[bin]; ++bin) k -= histogram[bin];
-    if (histogram[bin] < left) {
-      const bool last = k + 1 == histogram[bin];
+    for (; reach > histogram[bin]; ++bin) reach -= histogram[bin];
+    if (histogram[bin] < in_bin) {
+      const bool last = reach == histogram[bin];
       int64_t kept = 0;
       for (int64_t i = 0; i < left; ++i) {
         const double v = values[i];
         const int at = key(v);
         if (last && at > bin && v < next) next = v;
-        if (at == bin) values[kept++] = v;
+        if (at != bin) continue;
+        if (weighted) codes[kept] = codes[i];
+        values[kept++] = v;
       }
       left = kept;
+      in_bin = histogram[bin];
     }
     if (shift == 0) break;
   }
   const double low = values[0];
-  const double high = k + 1 < left ? low : (rank.index + 1 < n ? next : low);
-  return formulas::percentile_value(low, high, rank.weight);
+  const double high = reach < in_bin || rank.reach == total ? low : next;
+  return formulas::percentile_value(low, high, rank.fraction);
 }
 
 // ---- one item, and the batch -------------------------------------------------------------------------
 
-// The spacing of all axes along which distances arise, or 0 where they differ.
-double common_spacing(const MaskPairs& m) {
-  double common = 0;
-  for (int i = 0; i < 3; ++i) {
-    if (m.shape[i] == 1) continue;
-    if (common != 0 && m.spacing[i] != common) return 0;
-    common = m.spacing[i];
-  }
-  return common == 0 ? 1 : common;
-}
-
-// Bytes of a worker's share of the second buffer: squared distances of both surfaces, then a map.
+// Bytes of a worker's share of the second buffer: squared distances of both surfaces, their codes, then a
+// map.
 struct Scratch {
-  int64_t distances, map;
+  int64_t distances, codes, map;
+  int64_t all() const { return distances + codes + map; }
 };
 
-Scratch scratch_of(const MaskPairs& m, const Layout& l, void* surfaces, int threads) {
+Scratch scratch_of(const MaskPairs& m, const Layout& l, const SurfaceOptions& o, void* surfaces,
+                   int threads) {
   Scratch most = {};
-  const int inner = workers_of(m.items, threads) == 1 ? threads : 1;
-  for (int64_t i = 0; i < m.items; ++i) {
-    const Box& box = *item_at(surfaces, l, m.shape, i).box;
+  const int64_t items = items_of(m, o);
+  const int inner = workers_of(items, threads) == 1 ? threads : 1;
+  for (int64_t i = 0; i < items; ++i) {
+    const Box& box = *item_at(surfaces, l, m.grid, i).box;
     if (!box.count[0] || !box.count[1]) continue;
     most.distances = larger(most.distances, align((box.count[0] + box.count[1]) * 8));
+    if (o.surface == SurfaceKind::cells) most.codes = larger(most.codes, align(box.count[0] + box.count[1]));
     if (box.map[0] || box.map[1]) most.map = larger(most.map, map_bytes(box, common_spacing(m) > 0, inner));
   }
   return most;
@@ -567,107 +614,218 @@ Scratch scratch_of(const MaskPairs& m, const Layout& l, void* surfaces, int thre
 
 // First step of an item: everything that the size of the second buffer depends on.
 template <class T>
-void prepare(const MaskPairs& m, const Layout& l, int64_t index, void* surfaces, int threads) {
-  const Item item = item_at(surfaces, l, m.shape, index);
+void prepare(const MaskPairs& m, const Layout& l, const SurfaceOptions& o, int64_t index, void* surfaces,
+             int threads) {
+  const Item item = item_at(surfaces, l, m.grid, index);
   Box& box = *item.box;
-  pack(m, l, index, item, threads);
-  box = find_box(m.shape, l, item);
-  extract(m, l, item, threads);
+  pack(m, l, o.first + index, o.border, item, threads);
+  box = find_box(m, l, item);
+  extract(m, l, o, item, threads);
   if (!box.count[0] || !box.count[1]) return;
   make_rings<T>(item, m.spacing, common_spacing(m));
   for (int side = 0; side < 2; ++side) box.map[side] = map_is_cheaper<T>(item, l, side, threads);
 }
 
+// What the second step's items share.
+struct Rules {
+  const SurfaceOptions& options;
+  Limits limits;
+  CellWeights weights;
+};
+
 // Second step.
-template <class T>
-void measure(const MaskPairs& m, const Layout& l, const SurfaceOptions& options, const Item& item,
+template <class T, bool weighted>
+void measure(const MaskPairs& m, const Layout& l, const Rules& rules, const Item& item, int64_t index,
              char* scratch, const Scratch& parts, double* out, int threads) {
   const Box& box = *item.box;
+  const SurfaceOptions& o = rules.options;
   formulas::Directed directed[2] = {};
-  for (int side = 0; side < 2; ++side) directed[side].count = box.count[side];
+  uint64_t within[2][SurfaceOptions::max_tolerances];
+  for (int side = 0; side < 2; ++side) {
+    directed[side].count = static_cast<uint64_t>(box.count[side]);
+    directed[side].object = box.object[side];
+  }
   if (box.count[0] && box.count[1]) {
     double* const all = reinterpret_cast<double*>(scratch);
+    uint8_t* const all_codes = reinterpret_cast<uint8_t*>(scratch) + parts.distances;
     double* const list[2] = {all, all + box.count[0]};
+    uint8_t* const codes[2] = {all_codes, all_codes + box.count[0]};
+    const double* limits = rules.limits.squared + index % rules.limits.classes * rules.limits.count;
     for (int side = 0; side < 2; ++side) {
-      directed_distances<T>(item, l, side, common_spacing(m), list[side], scratch + parts.distances, threads);
-      summarize(list[side], box.count[side], options.tolerance, directed[side]);
+      directed_distances<T>(item, l, side, common_spacing(m), list[side],
+                            scratch + parts.distances + parts.codes, threads);
+      if (weighted) {
+        const MaskBits bits = bits_of(m, l, item.mask[side], o.border);
+        for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
+          codes[side][i] = static_cast<uint8_t>(cell_code(bits, z + box.low[0], y + box.low[1], x));
+          return 0;
+        });
+      }
+      summarize<weighted>(list[side], codes[side], rules.weights, box.count[side], limits, rules.limits.count,
+                          directed[side], within[side]);
     }
-    if (options.definition == SurfaceDefinition::monai)
-      for (int side = 0; side < 2; ++side)
-        directed[side].quantile = select(list[side], box.count[side], options.percentile);
-    else
+    const auto quantile = [&](int side, int64_t n, uint64_t total) {
+      return select<weighted>(list[side], codes[side], rules.weights, n, total, o.percentile, o.interpolate);
+    };
+    if (o.pooled)
       directed[0].quantile = directed[1].quantile =
-          select(all, box.count[0] + box.count[1], options.percentile);
+          quantile(0, box.count[0] + box.count[1], directed[0].weight + directed[1].weight);
+    else
+      for (int side = 0; side < 2; ++side)
+        directed[side].quantile = quantile(side, box.count[side], directed[side].weight);
   }
-  formulas::surface_result(directed[0], directed[1], out, m.items);
+  formulas::surface_result(directed[0], directed[1], within[0], within[1], rules.limits.count, o.mean_of_two,
+                           o.missing, out, m.items);
+}
+
+// ---- logits ----------------------------------------------------------------------------------------
+
+// The class with the largest logit for voxels 64 w to 64 w + 63 of a row: the first of equals.
+template <class T>
+void argmax_of(const T* p, int64_t class_stride, int64_t stride, int64_t n, int64_t classes,
+               uint8_t* winner) {
+  decltype(formulas::to_real<float>(*p) + (sizeof(T) == 8 ? 0.0 : 0.0f)) best[64];
+  int32_t which[64];
+  using Real = typename std::remove_reference<decltype(best[0])>::type;
+  for (int64_t i = 0; i < n; ++i) {
+    best[i] = formulas::to_real<Real>(p[i * stride]);
+    which[i] = 0;
+  }
+  const auto class_ = [&](int32_t c, int64_t s) {
+    const T* q = p + c * class_stride;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      const Real v = formulas::to_real<Real>(q[i * s]);
+      const bool more = v > best[i];
+      best[i] = more ? v : best[i];
+      which[i] = more ? c : which[i];
+    }
+  };
+  for (int32_t c = 1; c < classes; ++c) stride == 1 ? class_(c, 1) : class_(c, stride);
+  for (int64_t i = 0; i < n; ++i) winner[i] = static_cast<uint8_t>(which[i]);
+}
+
+void argmax_word(const formulas::OverlapPairs& m, int64_t row, int64_t w, uint8_t* winner) {
+  const int64_t stride = m.strides[0][2], n = smaller(64, m.shape[2] - 64 * w), at = row + 64 * w * stride;
+  for (int64_t i = n; i < 64; ++i) winner[i] = 0;
+#define NOISYSEG_ARGMAX(T) \
+  argmax_of(static_cast<const T*>(m.data[0]) + at, m.class_stride[0], stride, n, m.logits, winner);
+  switch (m.dtype[0]) {
+    case DType::f16: NOISYSEG_ARGMAX(formulas::Half) break;
+    case DType::bf16: NOISYSEG_ARGMAX(formulas::BFloat16) break;
+    case DType::f32: NOISYSEG_ARGMAX(float) break;
+    default: NOISYSEG_ARGMAX(double)
+  }
+#undef NOISYSEG_ARGMAX
+}
+
+template <class T>
+uint64_t above_of(const T* p, int64_t stride, int64_t n, double threshold) {
+  uint64_t word = 0;
+  for (int64_t i = 0; i < n; ++i)
+    word |= static_cast<uint64_t>(formulas::to_real<double>(p[i * stride]) > threshold) << i;
+  return word;
+}
+
+uint64_t above_word(const formulas::OverlapPairs& m, int64_t row, int64_t w, double threshold) {
+  const int64_t stride = m.strides[0][2], n = smaller(64, m.shape[2] - 64 * w), at = row + 64 * w * stride;
+  switch (m.dtype[0]) {
+    case DType::f16:
+      return above_of(static_cast<const formulas::Half*>(m.data[0]) + at, stride, n, threshold);
+    case DType::bf16:
+      return above_of(static_cast<const formulas::BFloat16*>(m.data[0]) + at, stride, n, threshold);
+    case DType::f32: return above_of(static_cast<const float*>(m.data[0]) + at, stride, n, threshold);
+    default: return above_of(static_cast<const double*>(m.data[0]) + at, stride, n, threshold);
+  }
 }
 
 }  // namespace
 
 namespace NOISYSEG_ISA {
 
-size_t surface_extract_workspace(const Array& pred, int spatial_dims, const Exec&) {
-  const MaskPairs m = in_memory_order(formulas::mask_pairs(pred, pred, spatial_dims, nullptr));
-  return static_cast<size_t>(m.items * layout_of(m.shape).item_bytes);
+size_t surface_extract_workspace(const Array& pred, int spatial_dims, const SurfaceOptions& options,
+                                 const Exec&) {
+  const MaskPairs m = in_memory_order(formulas::surface_pairs(pred, pred, spatial_dims, options));
+  return static_cast<size_t>(items_of(m, options) * layout_of(m.grid).item_bytes);
 }
 
 size_t surface_extract(const Array& pred, const Array& target, int spatial_dims,
                        const SurfaceOptions& options, void* surfaces, const Exec& exec) {
-  const MaskPairs m = in_memory_order(formulas::mask_pairs(pred, target, spatial_dims, options.spacing));
-  const Layout l = layout_of(m.shape);
-  const int threads = thread_count(exec);
+  const MaskPairs m = in_memory_order(formulas::surface_pairs(pred, target, spatial_dims, options));
+  const Layout l = layout_of(m.grid);
+  const int64_t items = items_of(m, options);
+  const int threads = thread_count(exec, m, items);
   const bool equal = common_spacing(m) > 0;
-  for_each_item(m.items, threads, [&](int64_t i, int inner, int) {
-    (equal ? prepare<int64_t> : prepare<double>)(m, l, i, surfaces, inner);
+  for_each_item(items, threads, [&](int64_t i, int inner, int) {
+    (equal ? prepare<int64_t> : prepare<double>)(m, l, options, i, surfaces, inner);
   });
-  const Scratch share = scratch_of(m, l, surfaces, threads);
-  return static_cast<size_t>(workers_of(m.items, threads) * (share.distances + share.map));
+  return static_cast<size_t>(workers_of(items, threads) * scratch_of(m, l, options, surfaces, threads).all());
 }
 
 void surface_metrics(const Array& pred, int spatial_dims, const SurfaceOptions& options, void* surfaces,
                      void* workspace, const Array& out, const Exec& exec) {
-  const MaskPairs m = in_memory_order(formulas::mask_pairs(pred, pred, spatial_dims, options.spacing));
-  const Layout l = layout_of(m.shape);
-  const int threads = thread_count(exec);
-  const Scratch parts = scratch_of(m, l, surfaces, threads);
-  const bool equal = common_spacing(m) > 0;
-  for_each_item(m.items, threads, [&](int64_t i, int inner, int worker) {
-    const Item item = item_at(surfaces, l, m.shape, i);
-    char* scratch = static_cast<char*>(workspace) + worker * (parts.distances + parts.map);
-    double* result = static_cast<double*>(out.data) + i;
-    (equal ? measure<int64_t> : measure<double>)(m, l, options, item, scratch, parts, result, inner);
+  const MaskPairs m = in_memory_order(formulas::surface_pairs(pred, pred, spatial_dims, options));
+  const Layout l = layout_of(m.grid);
+  const int threads = thread_count(exec, m, items_of(m, options));
+  const Scratch parts = scratch_of(m, l, options, surfaces, threads);
+  const bool equal = common_spacing(m) > 0, cells = options.surface == SurfaceKind::cells;
+  const Rules rules = {options, formulas::limits_of(options), formulas::cell_weights(m.spacing)};
+  const auto step = cells ? (equal ? measure<int64_t, true> : measure<double, true>)
+                          : (equal ? measure<int64_t, false> : measure<double, false>);
+  for_each_item(items_of(m, options), threads, [&](int64_t i, int inner, int worker) {
+    const Item item = item_at(surfaces, l, m.grid, i);
+    char* scratch = static_cast<char*>(workspace) + worker * parts.all();
+    double* result = static_cast<double*>(out.data) + options.first + i;
+    step(m, l, rules, item, options.first + i, scratch, parts, result, inner);
   });
 }
 
-size_t overlap_metrics_workspace(const Array& pred, int spatial_dims, const Exec&) {
-  return static_cast<size_t>(formulas::mask_pairs(pred, pred, spatial_dims, nullptr).items * 3 * 8);
-}
-
-// Counts |pred|, |target| and |pred and target| from 64-bit words of both masks, each read once.
-void overlap_metrics(const Array& pred, const Array& target, int spatial_dims, void* workspace,
-                     const Array& out, const Exec& exec) {
-  const MaskPairs m = in_memory_order(formulas::mask_pairs(pred, target, spatial_dims, nullptr));
-  int64_t* counts = static_cast<int64_t*>(workspace);
+// Counts |pred|, |target| and |pred and target| of each class from 64-bit words of both sides. Reads each
+// logit and each mask once; a label image once for each class, the words after the first time from the cache.
+void overlap_metrics(const Array& pred, const Array& target, int spatial_dims, const OverlapOptions& options,
+                     const Array& counts_out, const Array& out, const Exec& exec) {
+  formulas::OverlapPairs m = formulas::overlap_pairs(pred, target, spatial_dims, options);
+  static_cast<MaskPairs&>(m) = in_memory_order(m);
+  int64_t* counts = static_cast<int64_t*>(counts_out.data);
   for (int64_t i = 0; i < 3 * m.items; ++i) counts[i] = 0;
-  const int64_t* n = m.shape;
-#pragma omp parallel for schedule(static) num_threads(thread_count(exec))
-  for (int64_t plane = 0; plane < m.items * n[0]; ++plane) {
-    const int64_t item = plane / n[0], z = plane % n[0];
-    int64_t sum[3] = {};
-    for (int64_t y = 0; y < n[1]; ++y)
+  const int64_t *n = m.shape, classes = m.classes, first = larger(m.first_label, 0);
+  const int threads = thread_count(exec, m, m.items);
+  (void)threads;  // without OpenMP
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t plane = 0; plane < m.images * n[0]; ++plane) {
+    const int64_t image = plane / n[0], z = plane % n[0];
+    int64_t sum[3 * OverlapOptions::max_classes];
+    for (int64_t k = 0; k < 3 * classes; ++k) sum[k] = 0;
+    for (int64_t y = 0; y < n[1]; ++y) {
+      int64_t row[2];
+      for (int side = 0; side < 2; ++side)
+        row[side] = item_offset(m, side, image) + z * m.strides[side][0] + y * m.strides[side][1];
       for (int64_t w = 0; w < (n[2] + 63) / 64; ++w) {
-        uint64_t word[2];
-        for (int side = 0; side < 2; ++side)
-          word[side] = pack_word(m.data[side], m.bytes[side],
-                                 item_offset(m, side, item) + z * m.strides[side][0] + y * m.strides[side][1],
-                                 m.strides[side][2], w, n[2]);
-        sum[0] += __builtin_popcountll(word[0]);
-        sum[1] += __builtin_popcountll(word[1]);
-        sum[2] += __builtin_popcountll(word[0] & word[1]);
+        uint8_t winner[64];
+        if (options.pred == OverlapOptions::argmax) argmax_word(m, row[0], w, winner);
+        for (int64_t k = 0; k < classes; ++k) {
+          const int64_t label = m.first_label < 0 ? -1 : m.first_label + k;
+          uint64_t word[2];
+          if (options.pred == OverlapOptions::argmax)
+            word[0] = equal64(winner, static_cast<uint8_t>(first + k));
+          else if (options.pred == OverlapOptions::above)
+            word[0] = above_word(m, row[0] + (first + k) * m.class_stride[0], w, options.threshold);
+          else
+            word[0] = pack_word(m.data[0], m.bytes[0], row[0], m.strides[0][2], w, n[2], label);
+          word[1] = m.class_axis[1]
+                        ? pack_word(m.data[1], m.bytes[1], row[1] + (first + k) * m.class_stride[1],
+                                    m.strides[1][2], w, n[2], -1)
+                        : pack_word(m.data[1], m.bytes[1], row[1], m.strides[1][2], w, n[2], label);
+          if (m.logits > 0 && n[2] - 64 * w < 64) word[0] &= (uint64_t{1} << (n[2] - 64 * w)) - 1;
+          sum[3 * k] += __builtin_popcountll(word[0]);
+          sum[3 * k + 1] += __builtin_popcountll(word[1]);
+          sum[3 * k + 2] += __builtin_popcountll(word[0] & word[1]);
+        }
       }
-    for (int k = 0; k < 3; ++k) {
+    }
+    for (int64_t k = 0; k < 3 * classes; ++k) {
 #pragma omp atomic
-      counts[3 * item + k] += sum[k];
+      counts[3 * image * classes + k] += sum[k];
     }
   }
   for (int64_t i = 0; i < m.items; ++i)
@@ -678,8 +836,9 @@ void overlap_metrics(const Array& pred, const Array& target, int spatial_dims, v
 }  // namespace NOISYSEG_ISA
 }  // namespace noisyseg
 
-NOISYSEG_DISPATCH(size_t, surface_extract_workspace, (const Array& pred, int spatial_dims, const Exec& exec),
-                  (pred, spatial_dims, exec))
+NOISYSEG_DISPATCH(size_t, surface_extract_workspace,
+                  (const Array& pred, int spatial_dims, const SurfaceOptions& options, const Exec& exec),
+                  (pred, spatial_dims, options, exec))
 NOISYSEG_DISPATCH(size_t, surface_extract,
                   (const Array& pred, const Array& target, int spatial_dims, const SurfaceOptions& options,
                    void* surfaces, const Exec& exec),
@@ -688,9 +847,7 @@ NOISYSEG_DISPATCH(void, surface_metrics,
                   (const Array& pred, int spatial_dims, const SurfaceOptions& options, void* surfaces,
                    void* workspace, const Array& out, const Exec& exec),
                   (pred, spatial_dims, options, surfaces, workspace, out, exec))
-NOISYSEG_DISPATCH(size_t, overlap_metrics_workspace, (const Array& pred, int spatial_dims, const Exec& exec),
-                  (pred, spatial_dims, exec))
 NOISYSEG_DISPATCH(void, overlap_metrics,
-                  (const Array& pred, const Array& target, int spatial_dims, void* workspace,
-                   const Array& out, const Exec& exec),
-                  (pred, target, spatial_dims, workspace, out, exec))
+                  (const Array& pred, const Array& target, int spatial_dims, const OverlapOptions& options,
+                   const Array& counts, const Array& out, const Exec& exec),
+                  (pred, target, spatial_dims, options, counts, out, exec))

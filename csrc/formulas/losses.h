@@ -222,11 +222,12 @@ struct BinaryPixel {
 };
 template <class T>
 NOISYSEG_FORMULA BinaryPixel<T> binary_pixel(T z, T side, T e, T inverse, T log_sum) {
-  // e = e^-|z|, inverse = 1 / (1 + e), log_sum = ln(1 + e)
-  const T a = z * side;
-  const T small = e * inverse;
-  return {a >= T(0) ? inverse : small, a >= T(0) ? small : inverse, max_(a, T(0)) + log_sum,
-          max_(-a, T(0)) + log_sum};
+  // e = e^-|z|, inverse = 1 / (1 + e), log_sum = ln(1 + e). Which of the two is the larger goes by z >= 0, as
+  // in |z|, so that dual numbers have the right slope at z = 0.
+  const bool wrong = (z >= T(0)) == (side > T(0));
+  const T size = abs_(z), small = e * inverse;
+  return {wrong ? inverse : small, wrong ? small : inverse, (wrong ? size : T(0)) + log_sum,
+          (wrong ? T(0) : size) + log_sum};
 }
 template <class T>
 NOISYSEG_FORMULA BinaryPixel<T> binary_pixel(T z, T side) {

@@ -28,38 +28,70 @@ Array view(std::vector<T>& data, DType dtype, const std::vector<int64_t>& shape,
   return a;
 }
 
-std::vector<double> run(bool cuda, const Array& p, const Array& t, int dims, const SurfaceOptions& options) {
+Exec place(bool cuda) {
   Exec exec;
   exec.device = cuda ? 0 : -1;
   exec.threads = 1;
-  int64_t items = 1;
-  for (int i = 0; i < p.rank - dims; ++i) items *= p.shape[i];
-  std::vector<double> result(11 * items, NAN);
-  std::vector<int64_t> out_shape = {5, items};
-  Array out;
-  out.data = result.data();
-  out.dtype = DType::f64;
+  return exec;
+}
+
 #define CALL(name, ...) (cuda ? cuda::name(__VA_ARGS__) : cpu::name(__VA_ARGS__))
-  std::vector<uint64_t> surfaces(CALL(surface_extract_workspace, p, dims, exec) / 8 + 1, ~0ull);
-  std::vector<uint64_t> work(CALL(surface_extract, p, t, dims, options, surfaces.data(), exec) / 8 + 1,
-                             ~0ull);
-  CALL(surface_metrics, p, dims, options, surfaces.data(), work.data(), out, exec);
-  std::vector<uint64_t> counts(CALL(overlap_metrics_workspace, p, dims, exec) / 8 + 1, ~0ull);
-  out.data = result.data() + 5 * items;
-  CALL(overlap_metrics, p, t, dims, counts.data(), out, exec);
-#undef CALL
+
+Array results(std::vector<double>& data) {
+  Array out;
+  out.data = data.data();
+  out.dtype = DType::f64;
+  return out;
+}
+
+// The items of label images in two calls.
+std::vector<double> surfaces_of(bool cuda, const Array& p, const Array& t, int dims, SurfaceOptions options) {
+  const Exec exec = place(cuda);
+  int64_t items = options.classes ? options.classes : 1;
+  for (int i = 0; i < p.rank - dims; ++i) items *= p.shape[i];
+  std::vector<double> result((5 + options.tolerances) * items, NAN);
+  for (int part = 0; part < (options.classes ? 2 : 1); ++part) {
+    options.first = part;
+    options.count = !options.classes ? 0 : part == 0 ? 1 : items - 1;
+    std::vector<uint64_t> surfaces(CALL(surface_extract_workspace, p, dims, options, exec) / 8 + 1, ~0ull);
+    std::vector<uint64_t> work(CALL(surface_extract, p, t, dims, options, surfaces.data(), exec) / 8 + 1,
+                               ~0ull);
+    CALL(surface_metrics, p, dims, options, surfaces.data(), work.data(), results(result), exec);
+  }
   return result;
 }
 
-void compare(const char* what, const Array& p, const Array& t, int dims, const SurfaceOptions& options) {
-  const std::vector<double> a = run(false, p, t, dims, options), b = run(true, p, t, dims, options);
-  const bool twice = dims == 1;
-  const std::vector<double> again = twice ? run(true, p, t, dims, options) : b;
+std::vector<double> overlap_of(bool cuda, const Array& p, const Array& t, int dims, int64_t items,
+                               const OverlapOptions& options) {
+  const Exec exec = place(cuda);
+  std::vector<double> result(6 * items, NAN);
+  std::vector<int64_t> counts(3 * items, -1);
+  Array c;
+  c.data = counts.data();
+  CALL(overlap_metrics, p, t, dims, options, c, results(result), exec);
+  result.insert(result.end(), counts.begin(), counts.end());
+  return result;
+}
+
+void same(const char* what, const std::vector<double>& a, const std::vector<double>& b) {
   for (size_t i = 0; i < a.size(); ++i) {
-    if (again[i] == b[i] && (a[i] == b[i] || std::fabs(a[i] - b[i]) <= 3e-7 * std::fabs(a[i]))) continue;
-    std::printf("%s: value %zu is %.9g on the CPU, %.9g and %.9g on CUDA\n", what, i, a[i], b[i], again[i]);
+    if (a[i] == b[i] || std::fabs(a[i] - b[i]) <= 1e-13 * std::fabs(a[i])) continue;
+    std::printf("%s: value %zu is %.17g on the CPU, %.17g on CUDA\n", what, i, a[i], b[i]);
     ++failures;
   }
+}
+
+void compare(const char* what, const Array& p, const Array& t, int dims, const SurfaceOptions& options) {
+  const std::vector<double> cuda = surfaces_of(true, p, t, dims, options);
+  same(what, surfaces_of(false, p, t, dims, options), cuda);
+  if (dims == 1) same("again", cuda, surfaces_of(true, p, t, dims, options));
+  OverlapOptions overlap;
+  overlap.classes = options.classes;
+  overlap.first_label = options.first_label;
+  overlap.target_labels = options.classes > 0;
+  int64_t items = options.classes ? options.classes : 1;
+  for (int i = 0; i < p.rank - dims; ++i) items *= p.shape[i];
+  same(what, overlap_of(false, p, t, dims, items, overlap), overlap_of(true, p, t, dims, items, overlap));
 }
 
 // Noise of the two densities in all but the last axis' middle: far apart where apart is set.
@@ -80,6 +112,39 @@ void pair(const char* what, const std::vector<int64_t>& shape, int dims, double 
   compare(what, view(p, DType::u8, shape, false), view(t, DType::i32, shape, reversed_axes), dims, options);
 }
 
+// Label images of 3 classes and one other label.
+void labels(const char* what, SurfaceOptions options) {
+  std::mt19937 random(11);
+  const std::vector<int64_t> shape = {2, 3, 7, 70};
+  std::vector<uint8_t> p(2 * 3 * 7 * 70);
+  std::vector<int64_t> t(p.size());
+  for (size_t i = 0; i < p.size(); ++i) {
+    p[i] = random() % 8 < 5 ? 0 : random() % 4;
+    t[i] = random() % 8 < 5 ? p[i] : random() % 3 == 0 ? -1 : 2;
+  }
+  compare(what, view(p, DType::u8, shape, false), view(t, DType::i64, shape, true), 3, options);
+}
+
+// Logits of some classes against labels and against masks of each class.
+template <class T>
+void logits(const char* what, DType dtype, int64_t classes, OverlapOptions options, bool masks) {
+  std::mt19937 random(5);
+  const std::vector<int64_t> shape = {2, classes, 9, 75}, image = {2, 9, 75};
+  std::vector<T> p(2 * classes * 9 * 75);
+  std::vector<uint8_t> t(masks ? p.size() : p.size() / classes);
+  // Halves: numbers of few bits, so that some are equal.
+  for (T& x : p)
+    x = static_cast<T>(sizeof(T) == 2 ? 0x3c00 + 64 * (random() % 8) + 0x8000 * (random() % 2)
+                                      : static_cast<int>(random() % 9) - 4);
+  for (uint8_t& x : t) x = static_cast<uint8_t>(random() % (masks ? 2 : classes + 1));
+  options.target_labels = !masks;
+  const Array logit = view(p, dtype, shape, masks);
+  const Array target = view(t, DType::u8, masks ? shape : image, false);
+  const int64_t items = 2 * options.classes;
+  same(what, overlap_of(false, logit, target, 2, items, options),
+       overlap_of(true, logit, target, 2, items, options));
+}
+
 }  // namespace
 
 int main() {
@@ -87,24 +152,59 @@ int main() {
   wide.spacing[0] = 2.5;
   wide.spacing[1] = 0.7;
   wide.percentile = 50;
-  medpy.definition = SurfaceDefinition::medpy;
-  medpy.tolerance = 0;
+  medpy.pooled = true;
+  medpy.tolerance[0] = 0;
   medpy.spacing[0] = medpy.spacing[1] = medpy.spacing[2] = 0.7;
-  pair("noise", {5, 9, 70}, 3, 0.3, 0.05, false, unit);
   pair("noise, anisotropic", {5, 9, 70}, 3, 0.02, 0.9, false, wide);
   pair("noise, medpy", {4, 6, 33}, 3, 0.5, 0.02, false, medpy);
-  pair("axes reversed", {4, 6, 33}, 3, 0.5, 0.02, false, unit, true);
   pair("flat, batch", {2, 3, 21, 130}, 2, 0.05, 0.05, false, wide);
   pair("line", {150}, 1, 0.05, 0.03, false, unit);
-  pair("one voxel wide", {1, 1, 140}, 3, 0.05, 0.03, false, unit);
   pair("sparse", {3, 5, 300}, 3, 0.002, 0.002, false, wide);
   pair("sparse, medpy", {36, 20, 8}, 3, 0.0003, 0.0002, false, medpy);
   pair("far apart", {24, 40, 8}, 3, 0.9, 0.9, true, unit);
-  pair("far apart, anisotropic", {24, 40, 8}, 3, 0.9, 0.9, true, wide);
   pair("pred empty", {4, 5, 6}, 3, 0, 0.3, false, unit);
-  pair("target empty", {2, 8, 6}, 2, 0.3, 0, false, medpy);
   pair("both empty", {8, 6}, 2, 0, 0, false, unit);
   pair("full", {2, 2, 66, 8}, 2, 1, 1, false, unit);
+  SurfaceOptions cells, full, classes;
+  cells.surface = SurfaceKind::cells;
+  cells.interpolate = false;
+  cells.tolerances = 3;
+  cells.tolerance[1] = 0;
+  cells.tolerance[2] = 2.5;
+  full.surface = SurfaceKind::full;
+  full.border = false;
+  full.mean_of_two = true;
+  full.missing = 1000;
+  pair("cells, axes reversed", {5, 9, 63}, 3, 0.3, 0.05, false, cells, true);
+  pair("cells, two flat images", {2, 9, 64}, 2, 0.3, 0.6, false, cells);
+  pair("full", {4, 6, 64}, 3, 0.97, 0.9, false, full);
+  pair("full, no surface and none", {4, 6}, 2, 1, 0, false, full);
+  cells.border = false;
+  cells.pooled = true;
+  cells.spacing[0] = 2.5;
+  cells.percentile = 50;
+  pair("cells, pooled, edge repeated", {5, 9, 70}, 3, 0.6, 0.9, false, cells);
+  pair("cells, far apart", {24, 40, 8}, 3, 0.9, 0.9, true, cells);
+  classes.classes = 2;
+  classes.first_label = 1;
+  classes.tolerance_classes = classes.tolerances = 2;
+  classes.tolerance[1] = 2;
+  classes.tolerance[2] = 0;
+  classes.tolerance[3] = 1.5;
+  labels("labels", classes);
+  OverlapOptions largest, above;
+  largest.pred = OverlapOptions::argmax;
+  above.pred = OverlapOptions::above;
+  largest.classes = above.classes = 3;
+  logits<float>("argmax", DType::f32, 3, largest, false);
+  logits<double>("argmax, masks", DType::f64, 3, largest, true);
+  logits<uint16_t>("above, half", DType::f16, 3, above, true);
+  largest.classes = 2;
+  largest.first_label = 1;
+  logits<uint16_t>("argmax, bfloat16, no background", DType::bf16, 3, largest, false);
+  above.classes = 1;
+  above.threshold = 0.5;
+  logits<float>("one channel", DType::f32, 1, above, false);
   if (failures == 0) std::printf("surface: CUDA equals CPU\n");
   return failures != 0;
 }

@@ -205,7 +205,7 @@ void dual_task(const Shape& shape, bool direction, Spoil spoil = Spoil::none) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  const int rounds = count > 1 ? std::atoi(arguments[1]) : 4;
+  const int rounds = count > 1 ? std::atoi(arguments[1]) : 2;
   for (int round = 0; round < rounds; ++round)
     for (bool direction : {false, true}) {
       for (int64_t maps : {1, 2, 5}) {

@@ -7,7 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from noisyseg_fast import overlap_metrics, surface_metrics  # noqa: E402
+from noisyseg_fast import confusion, overlap_metrics, surface_metrics  # noqa: E402
+from noisyseg_fast.metrics import DEFINITIONS  # noqa: E402
 
 SHAPES = [(2, 1, 64, 64), (1, 3, 37, 101), (40, 55), (1, 2, 23, 30, 41), (19, 64, 33), (1, 1, 1, 30)]
 
@@ -45,13 +46,13 @@ def assert_same(cuda, cpu):
         np.testing.assert_allclose(got.cpu().numpy(), want.numpy(), rtol=1e-9, atol=1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize("definition", ["monai", "medpy"])
+@pytest.mark.parametrize("definition", DEFINITIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_surface_metrics_equal_the_cpu(shape, definition):
     dims = spatial(shape)
     for pred, target in pairs(shape, dims):
         for spacing in (None, (0.8, 1.3, 2.1)[:dims]):
-            for options in ({}, {"percentile": 50, "tolerance": 2.5}):
+            for options in ({}, {"percentile": 50, "tolerance": [0, 2.5], "border": False}):
                 got = surface_metrics(pred.cuda(), target.cuda(), spacing, definition=definition, **options)
                 assert_same(got, surface_metrics(pred, target, spacing, definition=definition, **options))
 
@@ -61,6 +62,56 @@ def test_surface_metrics_equal_the_cpu(shape, definition):
 def test_overlap_metrics_equal_the_cpu(shape):
     for pred, target in pairs(shape, spatial(shape)):
         assert_same(overlap_metrics(pred.cuda(), target.cuda()), overlap_metrics(pred, target))
+
+
+@pytest.mark.small
+def test_other_rules_equal_the_cpu():
+    pred, target = blobs((3, 2, 40, 70), 2, 7), blobs((3, 2, 40, 70), 2, 8)
+    for options in (
+        {"surface": "full", "percentile_rule": "pooled", "interpolation": "inverted_cdf", "average": "mean"},
+        {"definition": "deepmind", "percentile_rule": "pooled", "tolerance": [[0, 1], [2, 3]]},
+        {"empty": "diagonal", "interpolation": "inverted_cdf", "percentile": 50},
+    ):
+        for spacing in (1.5, (0.5, 1.5)):
+            got = surface_metrics(pred.cuda(), target.cuda(), spacing, **options)
+            assert_same(got, surface_metrics(pred, target, spacing, **options))
+
+
+def labels(seed):
+    return torch.randint(0, 5, (2, 9, 40, 70), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+def test_label_images_equal_the_cpu(dtype):
+    pred, target = labels(0).to(dtype), labels(1).to(dtype)
+    for background in (True, False):
+        options = {"num_classes": 4, "include_background": background}
+        for function in (surface_metrics, overlap_metrics, confusion):
+            assert_same(function(pred.cuda(), target.cuda(), **options), function(pred, target, **options))
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_logits_equal_the_cpu(dtype):
+    logits = (
+        torch.randn((2, 5, 9, 40, 70), generator=torch.Generator().manual_seed(2)).mul(4).round().to(dtype)
+    )
+    target = labels(3)
+    last = logits.cuda().to(memory_format=torch.channels_last_3d)
+    for options in ({}, {"include_background": False}, {"threshold": 0.5}):
+        want = overlap_metrics(logits, target, **options)
+        assert_same(overlap_metrics(logits.cuda(), target.cuda(), **options), want)
+        assert_same(overlap_metrics(last, target.cuda(), **options), want)
+    assert_same(overlap_metrics(last[:, :1], target.cuda()), overlap_metrics(logits[:, :1], target))
+
+
+def test_more_pairs_than_a_grid_is_long():
+    """70,000 pairs in one call: more than gridDim.y and z hold."""
+    pred = torch.rand((70_000, 1, 6, 5), generator=torch.Generator().manual_seed(1)) < 0.3
+    target = pred.roll(1, 0)
+    assert_same(surface_metrics(pred.cuda(), target.cuda()), surface_metrics(pred, target))
+    assert_same(overlap_metrics(pred.cuda(), target.cuda()), overlap_metrics(pred, target))
 
 
 @pytest.mark.small
