@@ -28,6 +28,7 @@ def loss(arrays: Arrays, options: Options, reduction: int) -> Tensor:
         if needed and x is not None and x.requires_grad:
             raise ValueError(f"{name} requires a gradient, but only logits receive one; pass {name}.detach()")
     if torch.compiler.is_compiling():
+        refuse_transforms()
         compiled: Tensor = _op(*arrays, [float(x) for x in options], reduction)[0]
         return compiled
     keep = needed and logits.requires_grad
@@ -36,6 +37,17 @@ def loss(arrays: Arrays, options: Options, reduction: int) -> Tensor:
         return value
     eager: Tensor = _Loss.call(*arrays, options, reduction, keep)[0]
     return eager
+
+
+def refuse_transforms() -> None:
+    """Raises under forward mode or torch.func inside a compiled function, where an op's tangents are lost."""
+    layer = torch._C._functorch.peek_interpreter_stack()
+    # not "is None": under Dynamo it never is
+    if forward_ad._current_level >= 0 or isinstance(layer, torch._C._functorch.CInterpreter):
+        raise NotImplementedError(
+            "inside torch.compile this loss has first derivatives in reverse mode only; call torch.func and "
+            "forward AD outside of it"
+        )
 
 
 # ---- eager ----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import _arrays, task_losses
-from ._autograd import _by_slices, _Function, _transforms_active
+from ._autograd import _by_slices, _Function, _transforms_active, refuse_transforms
 from .task_losses import Options
 
 Tensor = torch.Tensor
@@ -269,13 +269,7 @@ def terms(kind: str, tensors: Any, options: Options) -> tuple[tuple[Tensor, ...]
                     f"{name} requires a gradient, but only logits and {receivers} receive one; pass {name}.detach()"
                 )
     if torch.compiler.is_compiling():
-        layer = torch._C._functorch.peek_interpreter_stack()
-        # not "is None": under Dynamo it never is
-        if forward_ad._current_level >= 0 or isinstance(layer, torch._C._functorch.CInterpreter):
-            raise NotImplementedError(
-                "inside torch.compile this loss has first derivatives in reverse mode only; call torch.func and "
-                "forward AD outside of it"
-            )
+        refuse_transforms()
         values, scores, _ = _terms_op(*tensors, kind, list(options))
     elif (
         _transforms_active()

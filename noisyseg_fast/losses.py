@@ -8,7 +8,7 @@ never expanded to one-hot: uint8 is the cheapest. Any strides. What most functio
 - weight (B, *S) or (B, 1, *S) floats: multiplies each pixel's part.
 - mask, same shape, any dtype: leaves out the pixels where it is 0 (they may even hold NaN).
 - ignore_index: leaves out the pixels with this label, which need not be a class.
-- label_smoothing s in [0, 1]: targets g become (1 - s) g + s / classes (sigmoid: + s / 2).
+- label_smoothing s in [0, 1]: targets g become (1 - s) g + s / C (one channel: + s / 2).
 - reduction: "mean", "sum", "none", or "image": one value for each image, (B,), for methods that rank samples.
 - return_grad=True: gives (loss, gradient of loss.sum() with respect to logits) at once, outside autograd: for
   NumPy and CuPy arrays, for CUDA graphs, for loops of one's own.
@@ -16,8 +16,8 @@ never expanded to one-hot: uint8 is the cheapest. Any strides. What most functio
 With torch tensors the loss is differentiable with respect to logits: eagerly twice and in forward mode
 (torch.func.grad, jvp and vmap included), under torch.compile once. With NumPy or CuPy arrays the functions
 return the value. float64 logits and all derivatives along a direction are computed in float64, all others in
-float32, and so is the loss. Memory: the gradient, allocated in the forward pass of a float32 loss on the CPU,
-and nothing of image size besides. Definitions: `noisyseg_fast.reference`.
+float32, and so is the loss. Memory: the gradient, in the forward pass already for a float32 pixel loss, and nothing
+of image size besides. Definitions: `noisyseg_fast.reference`.
 
 Raises TypeError for wrong dtypes or mixed kinds of arrays, ValueError for shapes, devices, options and
 labels out of range (on CUDA, where looking would mean waiting for the device, such a loss is NaN).

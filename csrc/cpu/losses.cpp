@@ -919,7 +919,7 @@ void loss_backward(const Array& logits, const Array& target, const Array& weight
     double by[2 * max_channels];
     double factor = 0;
     upstream(
-        o, reduction, b, loss.channels, sums, grad_loss, [&](int64_t i) { return value_at(grad_loss, i); },
+        o, reduction, b, loss.channels, sums, [&](int64_t c) { return entry(grad_loss, o, reduction, b, c); },
         by, &factor);
     loss.backward_chunk(b, chunk, by, factor);
   });

@@ -99,28 +99,31 @@ void finish_loss(const LossOptions& o, Reduction reduction, int64_t batch, int64
     for (int64_t i = 0; i < entries; ++i) put(i, S(0));
 }
 
-// The gradient of image b's parts: by (C, 2) for N and D of each class, factor for the pixel loss's sum; with
-// a loss map, factor is to be multiplied by the map's gradient.
+// Entry of image b and class c (of those in the loss) of a gradient with respect to the loss; a loss map
+// aside.
+inline double entry(const Array& grad_loss, const LossOptions& o, Reduction reduction, int64_t b, int64_t c) {
+  if (reduction == Reduction::image) return value_at(grad_loss, b * grad_loss.strides[0]);
+  if (reduction != Reduction::none) return value_at(grad_loss, 0);
+  const bool joint = o.region == RegionLoss::generalized_dice;
+  return value_at(grad_loss, (o.per_image ? b * grad_loss.strides[0] : 0) +
+                                 (joint ? 0 : c * grad_loss.strides[grad_loss.rank - 1]));
+}
+
+// The gradient of image b's parts, from get(c), the entry of class c: by (C, 2) for N and D of each class,
+// factor for the pixel loss's sum; with a loss map, factor is to be multiplied by the map's gradient.
 template <class S, class Get>
 void upstream(const LossOptions& o, Reduction reduction, int64_t b, int64_t channels, const S* sums,
-              const Array& grad_loss, const Get& get, S* by, S* factor) {
+              const Get& get, S* by, S* factor) {
   const int64_t first = first_class(o, channels), image = (channels + 1) * sums_per_class;
-  const bool joint = o.region == RegionLoss::generalized_dice, map = o.pixel != PixelLoss::none;
-  int64_t by_image = 0, by_class = 0;
-  if (reduction == Reduction::image) by_image = grad_loss.strides[0];
-  if (reduction == Reduction::none && !map) {
-    if (o.per_image) by_image = grad_loss.strides[0];
-    if (!joint) by_class = grad_loss.strides[grad_loss.rank - 1];
-  }
   for (int64_t c = 0; c < channels; ++c) {
     const bool in = o.region != RegionLoss::none && c >= first;
-    const S g = in ? get(b * by_image + (c - first) * by_class) : S(0);
+    const S g = in ? get(c - first) : S(0);
     const S* s = sums + b * image + c * sums_per_class;
     by[2 * c] = in ? g * s[3] : S(0);
     by[2 * c + 1] = in ? g * s[4] : S(0);
   }
   const S f = sums[b * image + channels * sums_per_class + 2];
-  *factor = !map ? S(0) : reduction == Reduction::none ? f : get(b * by_image) * f;
+  *factor = o.pixel == PixelLoss::none ? S(0) : reduction == Reduction::none ? f : get(0) * f;
 }
 
 }  // namespace

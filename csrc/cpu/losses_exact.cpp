@@ -238,14 +238,14 @@ struct Exact {
   }
 
   template <class Get>
-  void backward(Reduction reduction, const Array& grad_loss, const Get& get, const S* sums,
-                const Exec& exec) const {
+  void backward(Reduction reduction, const Get& get, const S* sums, const Exec& exec) const {
     const int64_t batch = p.layout.batch;
     const int threads = threads_for(exec, batch * channels * p.layout.pixels());
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t item = 0; item < batch * chunks; ++item) {
       S by[2 * max_channels], factor;
-      upstream(o, reduction, item / chunks, channels, sums, grad_loss, get, by, &factor);
+      const int64_t b = item / chunks;
+      upstream(o, reduction, b, channels, sums, [&](int64_t c) { return get(b, c); }, by, &factor);
       backward_chunk(item / chunks, item % chunks, by, factor);
     }
   }
@@ -273,7 +273,7 @@ void exact_loss_backward(const Array& logits, const Array& target, const Array& 
       make_planes(logits, target, weight, mask, grad, is_map(o, reduction) ? grad_loss : Array{});
   const Exact<double> exact{p, o, class_weight};
   exact.backward(
-      reduction, grad_loss, [&](int64_t i) { return value_at(grad_loss, i); },
+      reduction, [&](int64_t b, int64_t c) { return entry(grad_loss, o, reduction, b, c); },
       static_cast<const double*>(sums.data), exec);
 }
 
@@ -297,9 +297,10 @@ void exact_loss_backward_tangent(const Array& logits, const Array& logits_dot, c
                                map ? grad_loss_dot : Array{});
   const Exact<Dual<double>> exact{p, o, class_weight};
   exact.backward(
-      reduction, grad_loss,
-      [&](int64_t i) -> Dual<double> {
-        return {value_at(grad_loss, i), grad_loss_dot ? value_at(grad_loss_dot, i) : 0.0};
+      reduction,
+      [&](int64_t b, int64_t c) -> Dual<double> {
+        return {entry(grad_loss, o, reduction, b, c),
+                grad_loss_dot ? entry(grad_loss_dot, o, reduction, b, c) : 0.0};
       },
       static_cast<const Dual<double>*>(sums.data), exec);
 }
