@@ -633,6 +633,38 @@ struct Rules {
   CellWeights weights;
 };
 
+// The codes of a surface's cells, in the order of for_each_voxel: formulas::cell_code, a word of cells at a
+// time.
+void list_codes(const MaskPairs& m, const Layout& l, bool border, const Item& item, int side, int threads,
+                uint8_t* codes) {
+  const Box& box = *item.box;
+  const MaskBits bits = bits_of(m, l, item.mask[side], border);
+  const int64_t w0 = box.low[2] / 64, w1 = (box.low[2] + box.shape[2] + 63) / 64;
+  (void)threads;  // without OpenMP
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t z = 0; z < box.shape[0]; ++z) {
+    int64_t position = item.count[side][z];
+    if (position == item.count[side][z + 1]) continue;
+    for (int64_t y = 0; y < box.shape[1]; ++y) {
+      const int64_t v = z + box.low[0], u = y + box.low[1];
+      const uint64_t* row = item.surface[side] + v * l.plane + u * l.row;
+      for (int64_t w = w0; w < w1; ++w) {
+        if (!row[w]) continue;
+        uint64_t corners[8];
+        for (int corner = 0; corner < 8; ++corner)
+          corners[corner] = mask_word(bits, v - (corner >> 2), u - (corner >> 1 & 1), w, -(corner & 1));
+        for (uint64_t word = row[w]; word; word &= word - 1) {
+          const int bit = lowest_bit(word);
+          int code = 0;
+          for (int corner = 0; corner < 8; ++corner)
+            code |= static_cast<int>(corners[corner] >> bit & 1) << corner;
+          codes[position++] = static_cast<uint8_t>(code);
+        }
+      }
+    }
+  }
+}
+
 // Second step.
 template <class T, bool weighted>
 void measure(const MaskPairs& m, const Layout& l, const Rules& rules, const Item& item, int64_t index,
@@ -654,13 +686,7 @@ void measure(const MaskPairs& m, const Layout& l, const Rules& rules, const Item
     for (int side = 0; side < 2; ++side) {
       directed_distances<T>(item, l, side, common_spacing(m), list[side],
                             scratch + parts.distances + parts.codes, threads);
-      if (weighted) {
-        const MaskBits bits = bits_of(m, l, item.mask[side], o.border);
-        for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
-          codes[side][i] = static_cast<uint8_t>(cell_code(bits, z + box.low[0], y + box.low[1], x));
-          return 0;
-        });
-      }
+      if (weighted) list_codes(m, l, o.border, item, side, threads, codes[side]);
       summarize<weighted>(list[side], codes[side], rules.weights, box.count[side], limits, rules.limits.count,
                           directed[side], within[side]);
     }
