@@ -19,6 +19,7 @@ import noisyseg_fast as nf
 from noisyseg_fast import _core, metrics, reference
 from noisyseg_fast.metrics import DEFINITIONS
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:surface_distance")
 DTYPES = ("bool", "uint8", "int32", "int64")
 
 

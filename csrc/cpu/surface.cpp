@@ -633,6 +633,38 @@ struct Rules {
   CellWeights weights;
 };
 
+// The codes of a surface's cells, in the order of for_each_voxel: formulas::cell_code, a word of cells at a
+// time.
+void list_codes(const MaskPairs& m, const Layout& l, bool border, const Item& item, int side, int threads,
+                uint8_t* codes) {
+  const Box& box = *item.box;
+  const MaskBits bits = bits_of(m, l, item.mask[side], border);
+  const int64_t w0 = box.low[2] / 64, w1 = (box.low[2] + box.shape[2] + 63) / 64;
+  (void)threads;  // without OpenMP
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t z = 0; z < box.shape[0]; ++z) {
+    int64_t position = item.count[side][z];
+    if (position == item.count[side][z + 1]) continue;
+    for (int64_t y = 0; y < box.shape[1]; ++y) {
+      const int64_t v = z + box.low[0], u = y + box.low[1];
+      const uint64_t* row = item.surface[side] + v * l.plane + u * l.row;
+      for (int64_t w = w0; w < w1; ++w) {
+        if (!row[w]) continue;
+        uint64_t corners[8];
+        for (int corner = 0; corner < 8; ++corner)
+          corners[corner] = mask_word(bits, v - (corner >> 2), u - (corner >> 1 & 1), w, -(corner & 1));
+        for (uint64_t word = row[w]; word; word &= word - 1) {
+          const int bit = lowest_bit(word);
+          int code = 0;
+          for (int corner = 0; corner < 8; ++corner)
+            code |= static_cast<int>(corners[corner] >> bit & 1) << corner;
+          codes[position++] = static_cast<uint8_t>(code);
+        }
+      }
+    }
+  }
+}
+
 // Second step.
 template <class T, bool weighted>
 void measure(const MaskPairs& m, const Layout& l, const Rules& rules, const Item& item, int64_t index,
@@ -654,13 +686,7 @@ void measure(const MaskPairs& m, const Layout& l, const Rules& rules, const Item
     for (int side = 0; side < 2; ++side) {
       directed_distances<T>(item, l, side, common_spacing(m), list[side],
                             scratch + parts.distances + parts.codes, threads);
-      if (weighted) {
-        const MaskBits bits = bits_of(m, l, item.mask[side], o.border);
-        for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
-          codes[side][i] = static_cast<uint8_t>(cell_code(bits, z + box.low[0], y + box.low[1], x));
-          return 0;
-        });
-      }
+      if (weighted) list_codes(m, l, o.border, item, side, threads, codes[side]);
       summarize<weighted>(list[side], codes[side], rules.weights, box.count[side], limits, rules.limits.count,
                           directed[side], within[side]);
     }
@@ -717,6 +743,30 @@ void argmax_word(const formulas::OverlapPairs& m, int64_t row, int64_t w, uint8_
     default: NOISYSEG_ARGMAX(double)
   }
 #undef NOISYSEG_ARGMAX
+}
+
+// Adds |pred|, |target| and |pred and target| of a row of masks or of a label.
+void count_row(const MaskPairs& m, const int64_t row[2], int64_t label, int64_t* sum) {
+  int64_t p = 0, t = 0, both = 0, w = 0;
+  const auto add = [&](uint64_t a, uint64_t b) {
+    p += __builtin_popcountll(a);
+    t += __builtin_popcountll(b);
+    both += __builtin_popcountll(a & b);
+  };
+  const int64_t n = m.shape[2];
+  if (m.bytes[0] == 1 && m.bytes[1] == 1 && m.strides[0][2] == 1 && m.strides[1][2] == 1 && label < 256) {
+    const uint8_t *a = static_cast<const uint8_t*>(m.data[0]) + row[0],
+                  *b = static_cast<const uint8_t*>(m.data[1]) + row[1];
+    const uint8_t value = label < 0 ? 0 : static_cast<uint8_t>(label);
+    const uint64_t flip = label < 0 ? ~uint64_t{0} : 0;
+    for (; w < n / 64; ++w) add(equal64(a + 64 * w, value) ^ flip, equal64(b + 64 * w, value) ^ flip);
+  }
+  for (; w < (n + 63) / 64; ++w)
+    add(pack_word(m.data[0], m.bytes[0], row[0], m.strides[0][2], w, n, label),
+        pack_word(m.data[1], m.bytes[1], row[1], m.strides[1][2], w, n, label));
+  sum[0] += p;
+  sum[1] += t;
+  sum[2] += both;
 }
 
 template <class T>
@@ -800,26 +850,26 @@ void overlap_metrics(const Array& pred, const Array& target, int spatial_dims, c
       int64_t row[2];
       for (int side = 0; side < 2; ++side)
         row[side] = item_offset(m, side, image) + z * m.strides[side][0] + y * m.strides[side][1];
+      if (options.pred == OverlapOptions::masks) {
+        for (int64_t k = 0; k < classes; ++k)
+          count_row(m, row, m.first_label < 0 ? -1 : m.first_label + k, sum + 3 * k);
+        continue;
+      }
       for (int64_t w = 0; w < (n[2] + 63) / 64; ++w) {
         uint8_t winner[64];
         if (options.pred == OverlapOptions::argmax) argmax_word(m, row[0], w, winner);
+        const uint64_t inside = n[2] - 64 * w < 64 ? (uint64_t{1} << (n[2] - 64 * w)) - 1 : ~uint64_t{0};
         for (int64_t k = 0; k < classes; ++k) {
-          const int64_t label = m.first_label < 0 ? -1 : m.first_label + k;
-          uint64_t word[2];
-          if (options.pred == OverlapOptions::argmax)
-            word[0] = equal64(winner, static_cast<uint8_t>(first + k));
-          else if (options.pred == OverlapOptions::above)
-            word[0] = above_word(m, row[0] + (first + k) * m.class_stride[0], w, options.threshold);
-          else
-            word[0] = pack_word(m.data[0], m.bytes[0], row[0], m.strides[0][2], w, n[2], label);
-          word[1] = m.class_axis[1]
-                        ? pack_word(m.data[1], m.bytes[1], row[1] + (first + k) * m.class_stride[1],
-                                    m.strides[1][2], w, n[2], -1)
-                        : pack_word(m.data[1], m.bytes[1], row[1], m.strides[1][2], w, n[2], label);
-          if (m.logits > 0 && n[2] - 64 * w < 64) word[0] &= (uint64_t{1} << (n[2] - 64 * w)) - 1;
-          sum[3 * k] += __builtin_popcountll(word[0]);
-          sum[3 * k + 1] += __builtin_popcountll(word[1]);
-          sum[3 * k + 2] += __builtin_popcountll(word[0] & word[1]);
+          const int64_t label = m.first_label < 0 || m.class_axis[1] ? -1 : m.first_label + k;
+          const int64_t target_row = row[1] + (m.class_axis[1] ? (first + k) * m.class_stride[1] : 0);
+          const uint64_t p =
+              inside & (options.pred == OverlapOptions::argmax
+                            ? equal64(winner, static_cast<uint8_t>(first + k))
+                            : above_word(m, row[0] + (first + k) * m.class_stride[0], w, options.threshold));
+          const uint64_t t = pack_word(m.data[1], m.bytes[1], target_row, m.strides[1][2], w, n[2], label);
+          sum[3 * k] += __builtin_popcountll(p);
+          sum[3 * k + 1] += __builtin_popcountll(t);
+          sum[3 * k + 2] += __builtin_popcountll(p & t);
         }
       }
     }
