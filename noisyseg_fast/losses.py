@@ -26,25 +26,16 @@ labels out of range (on CUDA, where looking would mean waiting for the device, s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from . import _arrays, _core
+from ._module import LossModule
 from .task_losses import (  # noqa: F401  # looked for here
     DualTaskLoss,
     UncertaintyWeightedLoss,
     dual_task_loss,
     uncertainty_weighted_loss,
 )
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    Module = nn.Module
-else:
-    try:
-        from torch.nn import Module
-    except ImportError:  # NumPy and CuPy users need no torch; only the module twins do
-        Module = object
 
 ACTIVATIONS = ("sigmoid", "softmax")
 REGION_KINDS = ("none", "nr_dice", "dice", "focal_dice", "generalized_dice")
@@ -387,76 +378,58 @@ def consistency_loss(
     return _loss((logits, target_logits, weight, mask, None), options, None, reduction, return_grad)
 
 
-class NRDiceLoss(Module):
+class NRDiceLoss(LossModule):
     """`nr_dice_loss` as a module: the keyword arguments go to the constructor.
 
     >>> loss = NRDiceLoss(gamma=1.5, activation="softmax", include_background=False)(logits, labels)
     """
 
-    _function: Any = staticmethod(nr_dice_loss)
-
-    def __init__(self, **options: Any) -> None:
-        if Module is object:
-            raise ImportError("the loss modules need torch: pip install 'noisyseg-fast[torch]'")
-        super().__init__()
-        allowed = set(self._function.__kwdefaults__ or ()) - {"weight", "mask", "return_grad"}
-        unknown = sorted(set(options) - allowed)
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__} has no argument {unknown[0]!r}; it takes {sorted(allowed)}"
-            )
-        self.options = options
-
-    def forward(self, logits: Any, target: Any, weight: Any = None, mask: Any = None) -> Any:
-        return self._function(logits, target, weight=weight, mask=mask, **self.options)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+    _function = staticmethod(nr_dice_loss)
 
 
-class DiceLoss(NRDiceLoss):
+class DiceLoss(LossModule):
     """`dice_loss` as a module."""
 
     _function = staticmethod(dice_loss)
 
 
-class FocalDiceLoss(NRDiceLoss):
+class FocalDiceLoss(LossModule):
     """`focal_dice_loss` as a module."""
 
     _function = staticmethod(focal_dice_loss)
 
 
-class GeneralizedDiceLoss(NRDiceLoss):
+class GeneralizedDiceLoss(LossModule):
     """`generalized_dice_loss` as a module."""
 
     _function = staticmethod(generalized_dice_loss)
 
 
-class PixelLoss(NRDiceLoss):
+class PixelLoss(LossModule):
     """`pixel_loss` as a module."""
 
     _function = staticmethod(pixel_loss)
 
 
-class DiceCELoss(NRDiceLoss):
+class DiceCELoss(LossModule):
     """`dice_ce_loss` as a module."""
 
     _function = staticmethod(dice_ce_loss)
 
 
-class DiceMAELoss(NRDiceLoss):
+class DiceMAELoss(LossModule):
     """`dice_mae_loss` as a module."""
 
     _function = staticmethod(dice_mae_loss)
 
 
-class BoundaryLoss(NRDiceLoss):
+class BoundaryLoss(LossModule):
     """`boundary_loss` as a module."""
 
     _function = staticmethod(boundary_loss)
 
 
-class ConsistencyLoss(NRDiceLoss):
+class ConsistencyLoss(LossModule):
     """`consistency_loss` as a module."""
 
     _function = staticmethod(consistency_loss)

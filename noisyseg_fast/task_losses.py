@@ -18,21 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import _arrays, _core
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    Module = nn.Module
-else:
-    try:
-        from torch.nn import Module
-    except ImportError:  # NumPy and CuPy users need no torch; only the module twins do
-        Module = object
+from ._module import LossModule
 
 _REDUCTIONS = ("mean", "sum", "image")
 _ENTROPIES = ("paper", "binary")
@@ -171,43 +162,30 @@ def dual_task_loss(
     return DualTaskTerms(*_terms("dual_task", space, tensors, options)[0])
 
 
-class UncertaintyWeightedLoss(Module):
+class UncertaintyWeightedLoss(LossModule):
     """`uncertainty_weighted_loss` as a module: the keyword arguments go to the constructor.
 
     >>> terms = UncertaintyWeightedLoss(consistency_weight=0.5)(logits, annotations, uncertainty)
     """
 
-    _function: Any = staticmethod(uncertainty_weighted_loss)
-    _per_call: tuple[str, ...] = ("raters", "mask", "return_grad")
+    _function = staticmethod(uncertainty_weighted_loss)
+    _per_call = ("raters", "mask", "return_grad")
 
-    def __init__(self, **options: Any) -> None:
-        if Module is object:
-            raise ImportError("the loss modules need torch: pip install 'noisyseg-fast[torch]'")
-        super().__init__()
-        allowed = set(self._function.__kwdefaults__ or ()) - set(self._per_call)
-        unknown = sorted(set(options) - allowed)
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__} has no argument {unknown[0]!r}; it takes {sorted(allowed)}"
-            )
-        self.options = options
-
-    def forward(
+    def forward(  # type: ignore[override]
         self, logits: Any, annotations: Any, uncertainty: Any, raters: Any = None, mask: Any = None
     ) -> Any:
         return self._function(logits, annotations, uncertainty, raters=raters, mask=mask, **self.options)
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class DualTaskLoss(UncertaintyWeightedLoss):
+class DualTaskLoss(LossModule):
     """`dual_task_loss` as a module: `labelled` and `mask` go to the call, the other options to the constructor."""
 
     _function = staticmethod(dual_task_loss)
     _per_call = ("labelled", "mask", "return_grad", "grad_weights")
 
-    def forward(self, logits: Any, sdf: Any, target: Any, labelled: Any = None, mask: Any = None) -> Any:
+    def forward(  # type: ignore[override]
+        self, logits: Any, sdf: Any, target: Any, labelled: Any = None, mask: Any = None
+    ) -> Any:
         return self._function(logits, sdf, target, labelled=labelled, mask=mask, **self.options)
 
 

@@ -332,6 +332,16 @@ struct PixelLoops {
                float inverse_classes, float share, float* loss, float* slope);
 };
 
+// What binary_pixel takes.
+template <bool needs_log>
+void exponentials(const float* __restrict z, int n, float* __restrict e, float* __restrict inverse,
+                  float* __restrict log_sum) {
+  for (int i = 0; i < n; ++i) e[i] = exp_(-abs_(z[i]));
+  for (int i = 0; i < n; ++i) inverse[i] = 1.f / (1.f + e[i]);
+  if (needs_log)
+    for (int i = 0; i < n; ++i) log_sum[i] = log1p_(e[i], inverse[i]);
+}
+
 template <PixelLoss kind, Power power>
 struct Pixel {
   static constexpr bool powers = kind == PixelLoss::focal || kind == PixelLoss::gce;
@@ -342,10 +352,7 @@ struct Pixel {
                    float* __restrict loss, float* __restrict slope) {
     float e[block_pixels], inverse[block_pixels], log_sum[block_pixels];
     constexpr bool needs_log = powers || (logs && wanted != Wanted::slope);
-    for (int i = 0; i < n; ++i) e[i] = exp_(-abs_(z[i]));
-    for (int i = 0; i < n; ++i) inverse[i] = 1.f / (1.f + e[i]);
-    if (needs_log)
-      for (int i = 0; i < n; ++i) log_sum[i] = log1p_(e[i], inverse[i]);
+    exponentials<needs_log>(z, n, e, inverse, log_sum);
     for (int i = 0; i < n; ++i) {
       const LossSlope<float> r = binary_hard<kind>(
           binary_pixel(z[i], side[i], e[i], inverse[i], needs_log ? log_sum[i] : 0.f), parameter, power);
@@ -359,10 +366,7 @@ struct Pixel {
                    float* __restrict loss, float* __restrict slope) {
     float e[block_pixels], inverse[block_pixels], log_sum[block_pixels];
     constexpr bool needs_log = powers || (logs && wanted != Wanted::slope);
-    for (int i = 0; i < n; ++i) e[i] = exp_(-abs_(z[i]));
-    for (int i = 0; i < n; ++i) inverse[i] = 1.f / (1.f + e[i]);
-    if (needs_log)
-      for (int i = 0; i < n; ++i) log_sum[i] = log1p_(e[i], inverse[i]);
+    exponentials<needs_log>(z, n, e, inverse, log_sum);
     for (int i = 0; i < n; ++i) {  // of class 1: s = q, t = p
       const BinaryPixel<float> a = binary_pixel(z[i], -1.f, e[i], inverse[i], needs_log ? log_sum[i] : 0.f);
       const LossSlope<float> r = binary_soft<kind>(a.t, a.s, a.nll_t, a.nll_s, g[i], parameter, power);

@@ -104,7 +104,8 @@ void fill(Tensor& t, int rank, const F& f) {
 const Exec host{-1, nullptr, 1}, device{0, nullptr, 0};
 
 // Largest difference over largest value; the sums' order differs, and half precision rounds once more.
-void compare(const std::string& name, const char* what, Tensor& cpu, Tensor& cuda, double tolerance) {
+[[maybe_unused]] void compare(const std::string& name, const char* what, Tensor& cpu, Tensor& cuda,
+                              double tolerance) {
   const std::vector<double> a = cpu.values(), b = cuda.values();
   double largest = 0, apart = 0;
   bool same_nan = true;
