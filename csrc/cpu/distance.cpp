@@ -298,6 +298,23 @@ struct Scratch {
 // How a squared distance becomes a result in the last step.
 enum class Finish { squared, root, two_sided };
 
+// The squared distance along an axis to the nearer voxel outside, inf if that is no site. It joins the result of the
+// axis's own step, not f before that: the steps' displacements must be along different axes.
+template <class T>
+T to_outside(const Volume& v, int axis, int64_t i) {
+  return v.border && axis >= v.first_axis ? squared_to_edge(i, v.n[axis], static_cast<T>(v.w2[axis])) : infinity<T>;
+}
+
+// squared: the results of positions [i, i + n) of axis 2, or of n columns at one position i of axis 0.
+template <class T, Mode mode>
+void limit_by_border(const Volume& v, int axis, int64_t i, T* squared, const T* f, int64_t n) {
+  if (!v.border) return;
+  for (int64_t j = 0; j < n; ++j) {
+    const T outside = to_outside<T>(v, axis, axis == 2 ? i + j : i);
+    if (outside < squared[j] && (mode != Mode::two_classes || f[j] > T(0))) squared[j] = outside;
+  }
+}
+
 // Step 1 for columns [from, from + m) of slice i0: f (n1, n2) of that slice.
 template <class T, Mode mode>
 void sweep(const Source& source, const Volume& v, int64_t i0, int64_t from, int64_t m, T* f,
@@ -364,18 +381,9 @@ void sweep(const Source& source, const Volume& v, int64_t i0, int64_t from, int6
         row[x] = d * d * w2;
       }
     }
-    if (!v.border) continue;
-    T bound = infinity<T>;  // to the voxels outside along axes 0 and 1
-    if (v.first_axis < 1) bound = squared_to_edge(i0, v.n[0], static_cast<T>(v.w2[0]));
-    if (v.first_axis < 2) {
-      const T along = squared_to_edge(y, n1, w2);
-      bound = along < bound ? along : bound;
-    }
-    for (int64_t x = 0; x < m; ++x) {
-      const T along = squared_to_edge(from + x, n2, static_cast<T>(v.w2[2]));
-      const T d = along < bound ? along : bound;
-      row[x] = row[x] > d ? d : row[x];
-    }
+    const T outside = to_outside<T>(v, 1, y);
+    if (v.border)
+      for (int64_t x = 0; x < m; ++x) row[x] = row[x] > outside ? outside : row[x];
   }
 }
 
@@ -420,6 +428,7 @@ void search_row(const Volume& v, const Source& source, int64_t i0, int64_t y, T*
   }
   if (nothing_to_find<mode>(finite, positive, negative)) {
     for (int64_t i = 0; i < n; ++i) s.line[i] = abs_(row[i]);
+    limit_by_border<T, mode>(v, 2, 0, s.line, row, n);
     return finish_values<T, mode>(row, s.line, row, n, finish);
   }
   T* f = s.line + l;  // the values at the ends, repeated: never better than they are themselves
@@ -433,6 +442,7 @@ void search_row(const Volume& v, const Source& source, int64_t i0, int64_t y, T*
     const int64_t left = i + l < n - 1 ? i + l : n - 1, right = n + l - 1 - i < n - 1 ? n + l - 1 - i : n - 1;
     steps += search<T, mode>(f + i, labels + i, 1, left, right, s.steps2, best);
     const int64_t m = n - i < l ? n - i : l;
+    limit_by_border<T, mode>(v, 2, i, best, f + i, m);
     finish_values<T, mode>(row + i, best, f + i, m, finish);
     if (steps > budget * (i / l + 1) && i + l < n) {
       const T w2 = static_cast<T>(v.w2[2]);
@@ -440,6 +450,7 @@ void search_row(const Volume& v, const Source& source, int64_t i0, int64_t y, T*
       const auto put = [&](T sign) {
         return [&, sign](int64_t x, T value, int32_t) {
           if (x < after || (two_classes && f[x] * sign < T(0))) return;
+          limit_by_border<T, mode>(v, 2, x, &value, f + x, 1);
           finish_values<T, mode>(row + x, &value, f + x, 1, finish);
         };
       };
@@ -487,6 +498,7 @@ void search_tile(const Volume& v, const Source& source, T* volume, int64_t y, in
   if (nothing_to_find<mode>(finite, positive, negative)) {
     for (int64_t i = 0; i < n; ++i) {
       for (int j = 0; j < l; ++j) best[j] = abs_(f[i * l + j]);
+      limit_by_border<T, mode>(v, 0, i, best, f + i * l, m);
       finish_values<T, mode>(base + i * slice, best, f + i * l, m, finish);
     }
     return;
@@ -494,6 +506,7 @@ void search_tile(const Volume& v, const Source& source, T* volume, int64_t y, in
   int64_t steps = 0;
   for (int64_t i = 0; i < n; ++i) {
     steps += search<T, mode>(f + i * l, s.labels + i * l, l, i, n - 1 - i, s.steps0, best);
+    limit_by_border<T, mode>(v, 0, i, best, f + i * l, m);
     finish_values<T, mode>(base + i * slice, best, f + i * l, m, finish);
     if (steps > budget * (i + 4) && i + 1 < n) {
       const T w2 = static_cast<T>(v.w2[0]);
@@ -502,6 +515,7 @@ void search_tile(const Volume& v, const Source& source, T* volume, int64_t y, in
         const auto put = [&](T sign) {
           return [&, sign](int64_t z, T value, int32_t) {
             if (z <= i || (two_classes && column[z * l] * sign < T(0))) return;
+            limit_by_border<T, mode>(v, 0, z, &value, column + z * l, 1);
             finish_values<T, mode>(base + z * slice + j, &value, column + z * l, 1, finish);
           };
         };
@@ -536,7 +550,8 @@ void transform(int64_t count, const Volume& v, const MakeSource& source_of, T* o
   const int64_t n0 = v.n[0], n1 = v.n[1], n2 = v.n[2], slices = count * n0;
   if (count * v.size() == 0) return;
   Scratch<T>(memory, v, 0).fill_tables(v);
-  const Finish after_rows = n0 > 1 ? Finish::squared : finish;
+  const bool planes = n0 > 1 || (v.border && v.first_axis == 0);
+  const Finish after_rows = planes ? Finish::squared : finish;
   if (slices >= 2 * threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int64_t slice = 0; slice < slices; ++slice) {
@@ -561,7 +576,7 @@ void transform(int64_t count, const Volume& v, const MakeSource& source_of, T* o
       search_row<T, mode>(v, source_of(row / n1 / n0), row / n1 % n0, row % n1, out + row * n2,
                           Scratch<T>(memory, v, thread_number()), after_rows);
   }
-  if (n0 == 1) return;
+  if (!planes) return;
   const int64_t tiles = (n2 + lanes<T> - 1) / lanes<T>;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t item = 0; item < count * n1; ++item) {
