@@ -19,9 +19,7 @@ def _unflatten(sizes: Sequence[float]) -> list[distance.Spacing]:
 
 
 def _grad(grad: Tensor, apexes: Tensor, sizes: Sequence[distance.Spacing], dims: int) -> Tensor:
-    result: Tensor = distance.sampled_backward(
-        _arrays.of(grad=grad), grad.contiguous(), apexes, sizes, dims
-    )
+    result: Tensor = distance.sampled_backward(_arrays.of(grad=grad), grad.contiguous(), apexes, sizes, dims)
     return result
 
 

@@ -62,14 +62,20 @@ def distance_transform_edt(
     fp64 = _precision(dtype) == "float64"
     options = (border, _no_site(no_site), squared, multi_label, CONVENTIONS.index("two_sided"), False, 0)
     if border and return_indices:
-        raise ValueError("return_indices=True needs border=False: the nearest voxel may lie outside the image")
+        raise ValueError(
+            "return_indices=True needs border=False: the nearest voxel may lie outside the image"
+        )
     labels = _narrow(mask, space) if multi_label and space.device < 0 else mask
     shape = tuple(mask.shape)
     out = space.empty(shape, _precision(dtype))
     indices = space.empty((*batch, dims, *shape[len(batch) :]), "int32") if return_indices else None
     if 0 not in shape:
         memory = None
-        views = (_arrays.of(mask=labels).view(labels), space.view(out), None if indices is None else space.view(indices))
+        views = (
+            _arrays.of(mask=labels).view(labels),
+            space.view(out),
+            None if indices is None else space.view(indices),
+        )
         for size, (view, to, sites) in _items(views, sizes, batch):
             if memory is None:
                 memory = _memory(
@@ -301,15 +307,16 @@ def _no_site(value: float) -> float:
 
 def _spacings(spacing: Any, dims: int, batch: Sequence[int]) -> list[Spacing]:
     """One spacing, or one for each item of the batch."""
+    nested = isinstance(spacing, (tuple, list)) and any(hasattr(row, "__len__") for row in spacing)
+    each = nested or getattr(spacing, "ndim", 1) > 1
+    if not each:
+        return [(*_arrays.spacing_per_axis(spacing, dims), 1.0, 1.0)[:3]]
     try:
-        each = spacing is not None and np.ndim(spacing) > 1
-    except ValueError:
+        table = np.asarray(spacing, float)
+    except (TypeError, ValueError):
         raise TypeError(
             f"spacing must be a number, one for each spatial axis or a full table, got {spacing!r}"
         ) from None
-    if not each:
-        return [(*_arrays.spacing_per_axis(spacing, dims), 1.0, 1.0)[:3]]
-    table = np.asarray(spacing, float)
     if table.shape != (*batch, dims):
         raise ValueError(
             f"spacing has shape {table.shape}; for each item of this batch it would be {(*batch, dims)}"

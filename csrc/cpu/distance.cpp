@@ -45,8 +45,8 @@ struct Simd<double> {
 };
 template <class T>
 constexpr int width = vector_bytes / static_cast<int>(sizeof(T));
-// Sites are the voxels of class 0, those of the other class, or those of any other label; what carries the class of
-// f's voxel along: nothing, f's sign, or an array of labels beside it.
+// Sites are the voxels of class 0, those of the other class, or those of any other label; what carries the
+// class of f's voxel along: nothing, f's sign, or an array of labels beside it.
 enum class Mode { sites, two_classes, labels };
 
 constexpr int registers = 2;  // vectors side by side: hides the latency of one
@@ -240,7 +240,7 @@ struct Source {
 
 struct Volume {
   int64_t n[3];
-  double w2[3];  // squared spacing
+  double w2[3];         // squared spacing
   bool border = false;  // voxels outside are sites of class 0
   int first_axis = 0;   // those before it are no axes of the image
   int64_t size() const { return n[0] * n[1] * n[2]; }
@@ -253,7 +253,7 @@ template <class T>
 struct Scratch {
   T *steps0, *steps2;  // squared_step of axes 0 and 2
   T* line;             // a row with `lanes` repeated values before and behind it, or a tile (n0, lanes)
-  Label<T>* labels;  // the same of labels; in step 1 the labels of two rows
+  Label<T>* labels;    // the same of labels; in step 1 the labels of two rows
   Envelope envelope;
   T* run;  // a strip of run lengths
   uint8_t* classes;
@@ -298,11 +298,12 @@ struct Scratch {
 // How a squared distance becomes a result in the last step.
 enum class Finish { squared, root, two_sided };
 
-// The squared distance along an axis to the nearer voxel outside, inf if that is no site. It joins the result of the
-// axis's own step, not f before that: the steps' displacements must be along different axes.
+// The squared distance along an axis to the nearer voxel outside, inf if that is no site. It joins the result
+// of the axis's own step, not f before that: the steps' displacements must be along different axes.
 template <class T>
 T to_outside(const Volume& v, int axis, int64_t i) {
-  return v.border && axis >= v.first_axis ? squared_to_edge(i, v.n[axis], static_cast<T>(v.w2[axis])) : infinity<T>;
+  return v.border && axis >= v.first_axis ? squared_to_edge(i, v.n[axis], static_cast<T>(v.w2[axis]))
+                                          : infinity<T>;
 }
 
 // squared: the results of positions [i, i + n) of axis 2, or of n columns at one position i of axis 0.
@@ -526,8 +527,10 @@ void search_tile(const Volume& v, const Source& source, T* volume, int64_t y, in
         } else if (!two_classes) {
           s.envelope.line(0, n, s.steps0, w2, value, put(T(1)));
         } else {
-          s.envelope.line(0, n, s.steps0, w2, [&](int64_t z) { return max_(column[z * l], T(0)); }, put(T(1)));
-          s.envelope.line(0, n, s.steps0, w2, [&](int64_t z) { return max_(-column[z * l], T(0)); }, put(T(-1)));
+          s.envelope.line(
+              0, n, s.steps0, w2, [&](int64_t z) { return max_(column[z * l], T(0)); }, put(T(1)));
+          s.envelope.line(
+              0, n, s.steps0, w2, [&](int64_t z) { return max_(-column[z * l], T(0)); }, put(T(-1)));
         }
       }
       return;
@@ -559,7 +562,8 @@ void transform(int64_t count, const Volume& v, const MakeSource& source_of, T* o
       T* f = out + slice * n1 * n2;
       const Source source = source_of(slice / n0);
       sweep<T, mode>(source, v, slice % n0, 0, n2, f, s);
-      for (int64_t y = 0; y < n1; ++y) search_row<T, mode>(v, source, slice % n0, y, f + y * n2, s, after_rows);
+      for (int64_t y = 0; y < n1; ++y)
+        search_row<T, mode>(v, source, slice % n0, y, f + y * n2, s, after_rows);
     }
   } else {
     const int64_t strip = round_up((n2 + threads - 1) / threads, 64), strips = (n2 + strip - 1) / strip;
@@ -569,7 +573,7 @@ void transform(int64_t count, const Volume& v, const MakeSource& source_of, T* o
       const int64_t slice = item / strips, from = item % strips * strip;
       const Source source = source_of(slice / n0);
       sweep<T, mode>(source, v, slice % n0, from, n2 - from < strip ? n2 - from : strip,
-                            out + slice * n1 * n2, s);
+                     out + slice * n1 * n2, s);
     }
 #pragma omp parallel for schedule(dynamic, 8) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < slices * n1; ++row)
@@ -584,7 +588,8 @@ void transform(int64_t count, const Volume& v, const MakeSource& source_of, T* o
     const Source source = source_of(item / n1);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t x = tile * lanes<T>;
-      search_tile<T, mode>(v, source, out + item / n1 * v.size(), item % n1, x, n2 - x < lanes<T> ? n2 - x : lanes<T>, s, finish);
+      search_tile<T, mode>(v, source, out + item / n1 * v.size(), item % n1, x,
+                           n2 - x < lanes<T> ? n2 - x : lanes<T>, s, finish);
     }
   }
 }
@@ -652,7 +657,8 @@ void contour_codes(const Source& source, const Volume& v, uint8_t* codes, int64_
   }
 }
 
-// One line of a pass along any axis, for each thread, and what the threads share: parabolas of the whole axis.
+// One line of a pass along any axis, for each thread, and what the threads share: parabolas of the whole
+// axis.
 template <class T>
 struct LineScratch {
   int64_t *old, *labels;
@@ -676,8 +682,8 @@ struct LineScratch {
   }
 };
 
-// pass(scratch, offset of the line's first voxel, its coordinates, axis) for each line along each axis longer than 1,
-// in the order 1, 2, 0 or the other way round.
+// pass(scratch, offset of the line's first voxel, its coordinates, axis) for each line along each axis longer
+// than 1, in the order 1, 2, 0 or the other way round.
 template <class T, class Pass>
 void for_lines(const Volume& v, bool backwards, char* memory, int threads, const Pass& pass) {
   const int64_t step[3] = {v.n[1] * v.n[2], v.n[2], 1};
@@ -732,9 +738,9 @@ void nearest_sites(const Source& source, const Volume& v, bool multi_label, T* f
                  const auto label = [&](int64_t k) { return s.labels[k]; };
                  s.envelope.runs(n, s.steps, w2, label, value, [&](int64_t k, T squared, int32_t from) {
                    f[base + k * along] = squared;
-                   nearest[base + k * along] = from < 0                         ? -1
+                   nearest[base + k * along] = from < 0                        ? -1
                                                : s.labels[from] != s.labels[k] ? base + from * along
-                                                                                : s.old[from];
+                                                                               : s.old[from];
                  });
                });
   for (int64_t at = 0; at < voxels; ++at)
@@ -784,7 +790,8 @@ void to_dtc(T* phi, const Volume& v) {
     }
     if (edge) phi[at] = 0;
   }
-  for (int64_t i = 0; i < n; ++i) phi[i] = phi[i] > 0 ? phi[i] / outside : phi[i] < 0 ? phi[i] / inside : T(0);
+  for (int64_t i = 0; i < n; ++i)
+    phi[i] = phi[i] > 0 ? phi[i] / outside : phi[i] < 0 ? phi[i] / inside : T(0);
 }
 
 // no_site where an item is inf: throughout or nowhere.
@@ -854,8 +861,9 @@ void edt(const Batch& batch, int spatial_dims, const DistanceOptions& options, T
   } else {
     int64_t* nearest = reinterpret_cast<int64_t*>(memory);
     for (int64_t i = 0; i < batch.count; ++i)
-      nearest_sites(batch.item(i), v, options.multi_label, to + i * voxels, indices + i * spatial_dims * voxels,
-                    spatial_dims, nearest, memory + voxels * 8, voxels < 32768 ? 1 : threads);
+      nearest_sites(batch.item(i), v, options.multi_label, to + i * voxels,
+                    indices + i * spatial_dims * voxels, spatial_dims, nearest, memory + voxels * 8,
+                    voxels < 32768 ? 1 : threads);
     if (!options.squared)
       for (int64_t at = 0; at < batch.count * voxels; ++at) to[at] = sqrt_(to[at]);
   }
@@ -906,7 +914,6 @@ void signed_map(const Batch& batch, const DistanceOptions& options, T* phi, char
 
 // ---- sampled functions ------------------------------------------------------------------------------------
 
-
 // apexes: one plane for each of the volume's own axes, of `count` volumes, `plane` apart.
 template <class T>
 void sampled_forward(const Source& values, const Source* sites, const Volume& v, T* f, int32_t* apexes,
@@ -918,32 +925,34 @@ void sampled_forward(const Source& values, const Source* sites, const Volume& v,
     const bool site = !sites || sites->object(z, y, x);
     f[at] = site ? from[z * values.strides[0] + y * values.strides[1] + x * values.strides[2]] : infinity<T>;
   }
-  for_lines<T>(v, false, memory, threads, [&](const LineScratch<T>& s, int64_t base, const int64_t*, int axis) {
-    const int64_t n = v.n[axis], along = step[axis];
-    int32_t* apex = apexes + (axis - v.first_axis) * plane + base;
-    for (int64_t k = 0; k < n; ++k) s.line[k] = f[base + k * along];
-    s.envelope.line(
-        0, n, s.steps, static_cast<T>(v.w2[axis]), [&](int64_t k) { return s.line[k]; },
-        [&](int64_t k, T value, int32_t j) {
-          f[base + k * along] = value;
-          apex[k * along] = j;
-        });
-  });
+  for_lines<T>(v, false, memory, threads,
+               [&](const LineScratch<T>& s, int64_t base, const int64_t*, int axis) {
+                 const int64_t n = v.n[axis], along = step[axis];
+                 int32_t* apex = apexes + (axis - v.first_axis) * plane + base;
+                 for (int64_t k = 0; k < n; ++k) s.line[k] = f[base + k * along];
+                 s.envelope.line(
+                     0, n, s.steps, static_cast<T>(v.w2[axis]), [&](int64_t k) { return s.line[k]; },
+                     [&](int64_t k, T value, int32_t j) {
+                       f[base + k * along] = value;
+                       apex[k * along] = j;
+                     });
+               });
 }
 
 template <class T>
-void sampled_backward(const T* grad, const int32_t* apexes, int64_t plane, const Volume& v, T* to, char* memory,
-                      int threads) {
+void sampled_backward(const T* grad, const int32_t* apexes, int64_t plane, const Volume& v, T* to,
+                      char* memory, int threads) {
   const int64_t step[3] = {v.n[1] * v.n[2], v.n[2], 1}, voxels = v.size();
   for (int64_t at = 0; at < voxels; ++at) to[at] = grad[at];
-  for_lines<T>(v, true, memory, threads, [&](const LineScratch<T>& s, int64_t base, const int64_t*, int axis) {
-    const int64_t n = v.n[axis], along = step[axis];
-    const int32_t* apex = apexes + (axis - v.first_axis) * plane + base;
-    for (int64_t k = 0; k < n; ++k) s.line[k] = 0;
-    for (int64_t k = 0; k < n; ++k)
-      if (apex[k * along] >= 0) s.line[apex[k * along]] += to[base + k * along];
-    for (int64_t k = 0; k < n; ++k) to[base + k * along] = s.line[k];
-  });
+  for_lines<T>(v, true, memory, threads,
+               [&](const LineScratch<T>& s, int64_t base, const int64_t*, int axis) {
+                 const int64_t n = v.n[axis], along = step[axis];
+                 const int32_t* apex = apexes + (axis - v.first_axis) * plane + base;
+                 for (int64_t k = 0; k < n; ++k) s.line[k] = 0;
+                 for (int64_t k = 0; k < n; ++k)
+                   if (apex[k * along] >= 0) s.line[apex[k * along]] += to[base + k * along];
+                 for (int64_t k = 0; k < n; ++k) to[base + k * along] = s.line[k];
+               });
 }
 
 }  // namespace
@@ -973,7 +982,8 @@ void distance_transform_edt(const Array& mask, int spatial_dims, const double* s
 }
 
 void signed_distance_map(const Array& mask, int spatial_dims, const double* spacing,
-                         const DistanceOptions& options, const Array& out, void* workspace, const Exec& exec) {
+                         const DistanceOptions& options, const Array& out, void* workspace,
+                         const Exec& exec) {
   const Batch batch(mask, spatial_dims, spacing, options);
   const int threads = threads_for(exec, batch.count * batch.volume.size());
   const bool fp64 = out.dtype == DType::f64;
@@ -1002,11 +1012,11 @@ void sampled_distance(const Array& values, const Array& sites, int spatial_dims,
     int32_t* to = static_cast<int32_t*>(apexes.data) + i * voxels;
     char* memory = static_cast<char*>(workspace);
     if (values.dtype == DType::f64)
-      sampled_forward(from, sites ? &mask : nullptr, batch.volume, static_cast<double*>(out.data) + i * voxels, to,
-                      batch.count * voxels, memory, threads);
+      sampled_forward(from, sites ? &mask : nullptr, batch.volume,
+                      static_cast<double*>(out.data) + i * voxels, to, batch.count * voxels, memory, threads);
     else
-      sampled_forward(from, sites ? &mask : nullptr, batch.volume, static_cast<float*>(out.data) + i * voxels, to,
-                      batch.count * voxels, memory, threads);
+      sampled_forward(from, sites ? &mask : nullptr, batch.volume, static_cast<float*>(out.data) + i * voxels,
+                      to, batch.count * voxels, memory, threads);
   }
 }
 
@@ -1019,11 +1029,11 @@ void sampled_distance_backward(const Array& grad, const Array& apexes, int spati
     const int32_t* from = static_cast<const int32_t*>(apexes.data) + i * voxels;
     char* memory = static_cast<char*>(workspace);
     if (grad.dtype == DType::f64)
-      sampled_backward(static_cast<const double*>(grad.data) + i * voxels, from, batch.count * voxels, batch.volume,
-                       static_cast<double*>(grad_values.data) + i * voxels, memory, threads);
+      sampled_backward(static_cast<const double*>(grad.data) + i * voxels, from, batch.count * voxels,
+                       batch.volume, static_cast<double*>(grad_values.data) + i * voxels, memory, threads);
     else
-      sampled_backward(static_cast<const float*>(grad.data) + i * voxels, from, batch.count * voxels, batch.volume,
-                       static_cast<float*>(grad_values.data) + i * voxels, memory, threads);
+      sampled_backward(static_cast<const float*>(grad.data) + i * voxels, from, batch.count * voxels,
+                       batch.volume, static_cast<float*>(grad_values.data) + i * voxels, memory, threads);
   }
 }
 
@@ -1044,10 +1054,10 @@ NOISYSEG_API(void, signed_distance_map,
 NOISYSEG_API(size_t, sampled_distance_workspace, (const Array& values, int spatial_dims, const Exec& exec),
              (values, spatial_dims, exec))
 NOISYSEG_API(void, sampled_distance,
-             (const Array& values, const Array& sites, int spatial_dims, const double* spacing, const Array& out,
-              const Array& apexes, void* workspace, const Exec& exec),
+             (const Array& values, const Array& sites, int spatial_dims, const double* spacing,
+              const Array& out, const Array& apexes, void* workspace, const Exec& exec),
              (values, sites, spatial_dims, spacing, out, apexes, workspace, exec))
 NOISYSEG_API(void, sampled_distance_backward,
-             (const Array& grad, const Array& apexes, int spatial_dims, const Array& grad_values, void* workspace,
-              const Exec& exec),
+             (const Array& grad, const Array& apexes, int spatial_dims, const Array& grad_values,
+              void* workspace, const Exec& exec),
              (grad, apexes, spatial_dims, grad_values, workspace, exec))

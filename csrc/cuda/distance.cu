@@ -1,25 +1,28 @@
 // Exact Euclidean distance transforms on CUDA: no padding, no synchronisation, the caller's memory and
 // stream.
 //
-// Volumes (n0, n1, n2) of up to 6,144 voxels (3,072 in double): one block each, both buffers in shared memory, one
-// launch. Larger ones, one kernel for each axis, threads along the contiguous one: run lengths along axis 1 (mask ->
-// result), outward search along axis 2 from rows in shared memory (result -> workspace), along axis 0 (workspace ->
-// result). The search takes as many steps as the distance is long (formulas/distance.h); on axes of more than
-// `budget_from` voxels a line in which some search exceeds `budget` steps is flagged and done again by the lower
-// envelope, linear in its length: a lone voxel in a large volume is not quadratic. (Not float lines of more than 65,535
-// voxels: the envelope's stack lies in the line's own results, two 16-bit numbers in 32 bits.)
+// Volumes (n0, n1, n2) of up to 6,144 voxels (3,072 in double): one block each, both buffers in shared
+// memory, one launch. Larger ones, one kernel for each axis, threads along the contiguous one: run lengths
+// along axis 1 (mask -> result), outward search along axis 2 from rows in shared memory (result ->
+// workspace), along axis 0 (workspace -> result). The search takes as many steps as the distance is long
+// (formulas/distance.h); on axes of more than `budget_from` voxels a line in which some search exceeds
+// `budget` steps is flagged and done again by the lower envelope, linear in its length: a lone voxel in a
+// large volume is not quadratic. (Not float lines of more than 65,535 voxels: the envelope's stack lies in
+// the line's own results, two 16-bit numbers in 32 bits.)
 //
-// Bytes per voxel, uint8 to float, caches aside; PEERS.md's floors: 5 in one pass, 9 in 2D and 17 in 3D one kernel per
-// axis with a 16-bit first intermediate:
+// Bytes per voxel, uint8 to float, caches aside; PEERS.md's floors: 5 in one pass, 9 in 2D and 17 in 3D one
+// kernel per axis with a 16-bit first intermediate:
 //   small_volume                            1 + 4 =  5
-//   sweep_columns + search_rows (2D)        (1 + 4 + 4 + 4) + 8 = 21: the sweep reads its own runs back, from L2 if the
+//   sweep_columns + search_rows (2D)        (1 + 4 + 4 + 4) + 8 = 21: the sweep reads its own runs back, from
+//   L2 if the
 //                                           columns in flight fit (then 13)
 //   + search_planes (3D)                    + 8 = 29 (21), plus what the search misses in the caches
 //   envelope_lines, flagged lines only      f twice, the stack once each way, the result: 20
-//   two classes                             the same;  labels: + the labels' bytes for each candidate (cached)
-//   with indices                            + 4 for each axis, + 8 to 12 in write_indices
-//   signed map with normalisation           + 4 in item_maxima, + 8 in apply_convention; boundary: + 3 for the codes
-//   sampled_distance                        8 to 12 in sample_values, 24 for each axis; backward 16 for each axis
+//   two classes                             the same;  labels: + the labels' bytes for each candidate
+//   (cached) with indices                            + 4 for each axis, + 8 to 12 in write_indices signed map
+//   with normalisation           + 4 in item_maxima, + 8 in apply_convention; boundary: + 3 for the codes
+//   sampled_distance                        8 to 12 in sample_values, 24 for each axis; backward 16 for each
+//   axis
 #include "cuda/edt.cuh"
 #include "cuda/launch.h"
 #include "formulas/distance.h"
@@ -32,12 +35,12 @@ namespace {
 using namespace formulas;
 
 constexpr int threads = 256;
-constexpr size_t small_bytes = 49152;    // two buffers of a small volume
-constexpr int64_t small_line = 512;      // its longest line: the search has no budget there
-constexpr size_t row_bytes = 49152;      // a row in shared memory
-constexpr int64_t budget_from = 256;     // below that a search is never long
-constexpr int64_t budget = 64;           // steps from which the envelope is quicker
-constexpr int64_t float_stack = 65535;   // longest line whose stack fits float results
+constexpr size_t small_bytes = 49152;   // two buffers of a small volume
+constexpr int64_t small_line = 512;     // its longest line: the search has no budget there
+constexpr size_t row_bytes = 49152;     // a row in shared memory
+constexpr int64_t budget_from = 256;    // below that a search is never long
+constexpr int64_t budget = 64;          // steps from which the envelope is quicker
+constexpr int64_t float_stack = 65535;  // longest line whose stack fits float results
 
 enum class Mode { sites, two_classes, labels };  // as in csrc/cpu/distance.cpp
 enum class Finish : int { squared, root, two_sided };
@@ -105,9 +108,18 @@ __device__ inline int64_t label_at(const Source& s, int64_t offset) {
   return s.binary ? value != 0 : value;
 }
 
+// By selects: a parameter indexed at run time would be copied to local memory.
+__device__ inline int64_t extent(const Volume& v, int axis) {
+  return axis == 0 ? v.n[0] : axis == 1 ? v.n[1] : v.n[2];
+}
+template <class T>
+__device__ inline T squared_spacing(const Volume& v, int axis) {
+  return static_cast<T>(axis == 0 ? v.w2[0] : axis == 1 ? v.w2[1] : v.w2[2]);
+}
+
 template <class T>
 __device__ inline T to_outside(const Volume& v, int axis, int64_t i) {
-  return v.border && axis >= v.first_axis ? squared_to_edge(i, v.n[axis], static_cast<T>(v.w2[axis]))
+  return v.border && axis >= v.first_axis ? squared_to_edge(i, extent(v, axis), squared_spacing<T>(v, axis))
                                           : static_cast<T>(INFINITY);
 }
 
@@ -119,8 +131,8 @@ __device__ inline T limited(T squared, T f, const Volume& v, int axis, int64_t i
   return outside < squared ? outside : squared;
 }
 
-// Run lengths along axis 1 for the column at `offset` of the source; f and apex (optional, Mode::labels: the nearest
-// site's position) have row stride n2.
+// Run lengths along axis 1 for the column at `offset` of the source; f and apex (optional, Mode::labels: the
+// nearest site's position) have row stride n2.
 template <class T, Mode mode>
 __device__ inline void sweep_column(const Source& s, int64_t offset, int64_t label, const Volume& v, T* f,
                                     int32_t* apex) {
@@ -163,15 +175,16 @@ __device__ inline void sweep_column(const Source& s, int64_t offset, int64_t lab
       }
       d = up < run ? up : run;
       if (mode == Mode::labels && apex)
-        apex[y * n2] = d == inf ? -1 : static_cast<int32_t>(up <= run ? y - static_cast<int64_t>(d)
-                                                                      : y + static_cast<int64_t>(d));
+        apex[y * n2] = d == inf ? -1
+                                : static_cast<int32_t>(up <= run ? y - static_cast<int64_t>(d)
+                                                                 : y + static_cast<int64_t>(d));
     }
     f[y * n2] = sign * limited<T, mode>(d * d * w2, sign, v, 1, y);
   }
 }
 
-// The new squared distance (>= 0) of position i of a line, and where it comes from; false if that takes more than
-// `most` steps. other(j): whether j has another label.
+// The new squared distance (>= 0) of position i of a line, and where it comes from; false if that takes more
+// than `most` steps. other(j): whether j has another label.
 template <class T, Mode mode, class Other>
 __device__ inline bool outward(const T* line, int64_t stride, int64_t i, int64_t n, T w2, int64_t most,
                                const Other& other, T& best, int64_t& from) {
@@ -204,7 +217,8 @@ __device__ inline T finished(T squared, T f, const Ending<T>& ending) {
   T value = ending.finish == Finish::squared ? squared : sqrt_(squared);
   if (value == static_cast<T>(INFINITY)) value = ending.no_site;
   if (mode != Mode::two_classes) return value;
-  return with_sign(value, ending.finish == Finish::squared ? f : -f);  // object: f > 0, the map is negative there
+  return with_sign(value,
+                   ending.finish == Finish::squared ? f : -f);  // object: f > 0, the map is negative there
 }
 
 struct NoOther {
@@ -239,13 +253,14 @@ __global__ void __launch_bounds__(threads) small_volume(Source source, Volume v,
   out += static_cast<int64_t>(blockIdx.x) * voxels;
   for (int at = static_cast<int>(threadIdx.x); at < voxels; at += threads) {
     const int z = at / slice;
-    outward<T, mode>(b + (at - z * slice), slice, z, n0, static_cast<T>(v.w2[0]), n0, NoOther(), squared, from);
+    outward<T, mode>(b + (at - z * slice), slice, z, n0, static_cast<T>(v.w2[0]), n0, NoOther(), squared,
+                     from);
     out[at] = finished<T, mode>(limited<T, mode>(squared, b[at], v, 0, z), b[at], ending);
   }
 }
 
-// A thread for each column of axis 1, neighbours on neighbouring columns. Reads the mask, writes f, reads and writes it
-// again: 13 bytes per voxel.
+// A thread for each column of axis 1, neighbours on neighbouring columns. Reads the mask, writes f, reads and
+// writes it again: 13 bytes per voxel.
 template <class T, Mode mode>
 __global__ void __launch_bounds__(threads)
     sweep_columns(Source source, Volume v, int64_t columns, T* f, int32_t* apex) {
@@ -254,8 +269,8 @@ __global__ void __launch_bounds__(threads)
   const int64_t x = c % v.n[2], slice = c / v.n[2], z = slice % v.n[0];
   const Item item = item_of(source, slice / v.n[0]);
   const int64_t first = slice * v.n[1] * v.n[2] + x;
-  sweep_column<T, mode>(source, item.offset + z * source.strides[0] + x * source.strides[2], item.label, v, f + first,
-                        apex ? apex + first : nullptr);
+  sweep_column<T, mode>(source, item.offset + z * source.strides[0] + x * source.strides[2], item.label, v,
+                        f + first, apex ? apex + first : nullptr);
 }
 
 // Whether voxel j of a line has another label than voxel i.
@@ -265,12 +280,12 @@ struct OtherLabel {
   __device__ bool operator()(int64_t j) const { return label_at(*source, offset + j * stride) != own; }
 };
 
-// A block for `rows` neighbouring rows of axis 2, in dynamic shared memory if they fit. 8 bytes per voxel, 12 with
-// apexes.
+// A block for `rows` neighbouring rows of axis 2, in dynamic shared memory if they fit. 8 bytes per voxel, 12
+// with apexes.
 template <class T, Mode mode>
 __global__ void __launch_bounds__(threads)
-    search_rows(const T* from, T* to, Source source, Volume v, int64_t all_rows, int rows, bool staged, int64_t most,
-                unsigned* flags, int32_t* apex, Ending<T> ending) {
+    search_rows(const T* from, T* to, Source source, Volume v, int64_t all_rows, int rows, bool staged,
+                int64_t most, unsigned* flags, int32_t* apex, Ending<T> ending) {
   NOISYSEG_SHARED(T, shared);
   const int64_t n = v.n[2], first = static_cast<int64_t>(blockIdx.x) * rows;
   const int64_t count = (all_rows - first < rows ? all_rows - first : rows) * n;
@@ -287,12 +302,14 @@ __global__ void __launch_bounds__(threads)
     bool done;
     if (mode == Mode::labels) {
       const int64_t z = row / v.n[1] % v.n[0], y = row % v.n[1];
-      const int64_t offset = item_of(source, row / v.n[1] / v.n[0]).offset + z * source.strides[0] +
-                             y * source.strides[1];
-      const OtherLabel other{&source, offset, source.strides[2], label_at(source, offset + x * source.strides[2])};
+      const int64_t offset =
+          item_of(source, row / v.n[1] / v.n[0]).offset + z * source.strides[0] + y * source.strides[1];
+      const OtherLabel other{&source, offset, source.strides[2],
+                             label_at(source, offset + x * source.strides[2])};
       done = outward<T, mode>(line + (at - x), 1, x, n, static_cast<T>(v.w2[2]), most, other, squared, site);
     } else {
-      done = outward<T, mode>(line + (at - x), 1, x, n, static_cast<T>(v.w2[2]), most, NoOther(), squared, site);
+      done =
+          outward<T, mode>(line + (at - x), 1, x, n, static_cast<T>(v.w2[2]), most, NoOther(), squared, site);
     }
     if (!done) atomicOr(flags + row, 1u);
     if (mode == Mode::labels && apex)
@@ -301,27 +318,29 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
-// A thread for each voxel, looking along axis 0; neighbours look at neighbouring columns. 8 bytes per voxel, 12 with
-// apexes, and what the search misses in the caches.
+// A thread for each voxel, looking along axis 0; neighbours look at neighbouring columns. 8 bytes per voxel,
+// 12 with apexes, and what the search misses in the caches.
 template <class T, Mode mode>
 __global__ void __launch_bounds__(threads)
-    search_planes(const T* from, T* to, Source source, Volume v, int64_t voxels, int64_t most, unsigned* flags,
-                  int32_t* apex, Ending<T> ending) {
+    search_planes(const T* from, T* to, Source source, Volume v, int64_t voxels, int64_t most,
+                  unsigned* flags, int32_t* apex, Ending<T> ending) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
   if (at >= voxels) return;
-  const int64_t slice = v.n[1] * v.n[2], z = at / slice % v.n[0], column = at % slice, item = at / slice / v.n[0];
+  const int64_t slice = v.n[1] * v.n[2], z = at / slice % v.n[0], column = at % slice,
+                item = at / slice / v.n[0];
   T squared;
   int64_t site;
   bool done;
   if (mode == Mode::labels) {
     const int64_t offset = item_of(source, item).offset + column / v.n[2] * source.strides[1] +
                            column % v.n[2] * source.strides[2];
-    const OtherLabel other{&source, offset, source.strides[0], label_at(source, offset + z * source.strides[0])};
-    done = outward<T, mode>(from + (at - z * slice), slice, z, v.n[0], static_cast<T>(v.w2[0]), most, other, squared,
-                            site);
-  } else {
-    done = outward<T, mode>(from + (at - z * slice), slice, z, v.n[0], static_cast<T>(v.w2[0]), most, NoOther(),
+    const OtherLabel other{&source, offset, source.strides[0],
+                           label_at(source, offset + z * source.strides[0])};
+    done = outward<T, mode>(from + (at - z * slice), slice, z, v.n[0], static_cast<T>(v.w2[0]), most, other,
                             squared, site);
+  } else {
+    done = outward<T, mode>(from + (at - z * slice), slice, z, v.n[0], static_cast<T>(v.w2[0]), most,
+                            NoOther(), squared, site);
   }
   if (!done) atomicOr(flags + item * slice + column, 1u);
   if (mode == Mode::labels && apex)
@@ -342,7 +361,8 @@ struct Stack<float> {
     start = bits & 0xffffu;
   }
   __device__ void set(int64_t k, int64_t apex, int64_t start) const {
-    to[k * stride] = bits_to_float(static_cast<int32_t>(static_cast<uint32_t>(apex) << 16 | static_cast<uint32_t>(start)));
+    to[k * stride] =
+        bits_to_float(static_cast<int32_t>(static_cast<uint32_t>(apex) << 16 | static_cast<uint32_t>(start)));
   }
 };
 template <>
@@ -361,19 +381,19 @@ struct Stack<double> {
   }
 };
 
-// A thread for each line along `axis`, those with a flag only (flags == nullptr: all): the lower envelope of each run
-// of one class, with the voxels next to the run as sites, and its stack in the results. 20 bytes per voxel and about 2
-// divisions in double; lines along axis 2 are read with stride n2 between threads, their cache lines used up one after
-// the other.
+// A thread for each line along `axis`, those with a flag only (flags == nullptr: all): the lower envelope of
+// each run of one class, with the voxels next to the run as sites, and its stack in the results. 20 bytes per
+// voxel and about 2 divisions in double; lines along axis 2 are read with stride n2 between threads, their
+// cache lines used up one after the other.
 template <class T, Mode mode>
 __global__ void __launch_bounds__(threads)
-    envelope_lines(const T* from, T* to, Source source, Volume v, int axis, int64_t lines, const unsigned* flags,
-                   int32_t* apex, Ending<T> ending) {
+    envelope_lines(const T* from, T* to, Source source, Volume v, int axis, int64_t lines,
+                   const unsigned* flags, int32_t* apex, Ending<T> ending) {
   const int64_t line = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
   if (line >= lines || (flags && !flags[line])) return;
-  const int64_t n = v.n[axis], stride = axis == 2 ? 1 : axis == 1 ? v.n[2] : v.n[1] * v.n[2];
+  const int64_t n = extent(v, axis), stride = axis == 2 ? 1 : axis == 1 ? v.n[2] : v.n[1] * v.n[2];
   const int64_t first = line / stride * stride * n + line % stride;
-  const T w2 = static_cast<T>(v.w2[axis]);
+  const T w2 = squared_spacing<T>(v, axis);
   int64_t offset = 0, along = 0;
   if (mode == Mode::labels) {
     const int64_t slice = v.n[1] * v.n[2], z = first / slice % v.n[0];
@@ -414,8 +434,8 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
-// Nearest sites from each axis's apexes, followed back through the axes: 1 + 4 bytes per voxel and axis each way. A
-// thread for each voxel. planes: those of axes 0, 1, 2; indices: (items, dims, *S).
+// Nearest sites from each axis's apexes, followed back through the axes: 1 + 4 bytes per voxel and axis each
+// way. A thread for each voxel. planes: those of axes 0, 1, 2; indices: (items, dims, *S).
 __global__ void __launch_bounds__(threads)
     write_indices(Source source, Volume v, int64_t all, const int32_t* planes, int32_t* indices) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
@@ -429,7 +449,7 @@ __global__ void __launch_bounds__(threads)
   const int64_t own = label();
   bool found = own == 0, none = false;
   const auto follow = [&](int axis, int64_t& i) {
-    if (found || none || v.n[axis] == 1) return;
+    if (found || none || extent(v, axis) == 1) return;
     const int32_t next = planes[axis * all + item * voxels + z * slice + y * v.n[2] + x];
     none = next < 0;
     if (none || next == i) return;
@@ -472,7 +492,8 @@ Workspace workspace_of(int64_t count, const Volume& v, bool labels, bool indices
   const bool small = is_small<T>(v, count) && !labels && !indices;
   const int64_t shorter = v.n[0] > 1 && v.n[0] < v.n[2] ? v.n[0] : v.n[2];
   w.flags = small ? 0 : round_up(all * sizeof(T));
-  w.apexes = w.flags + (small ? 0 : round_up(all / static_cast<size_t>(shorter ? shorter : 1) * sizeof(unsigned)));
+  w.apexes =
+      w.flags + (small ? 0 : round_up(all / static_cast<size_t>(shorter ? shorter : 1) * sizeof(unsigned)));
   w.maxima = w.apexes + (indices ? round_up(3 * all * sizeof(int32_t)) : 0);
   w.codes = w.maxima + round_up(static_cast<size_t>(2 * count) * sizeof(unsigned long long));
   w.end = w.codes + (contour ? all : 0);
@@ -512,18 +533,19 @@ void transform(const Source& source, int64_t count, const Volume& v, T* out, cha
   const int64_t most_rows = most_steps<T>(v.n[2]), most_planes = most_steps<T>(v.n[0]);
   const Ending<T>& after_rows = planes ? between : ending;
   if (most_rows < v.n[2]) clear(rows);
-  NOISYSEG_LAUNCH((search_rows<T, mode>), static_cast<unsigned>((rows + together - 1) / together), threads, shared,
-                  exec, swept, searched, source, v, rows, together, staged, most_rows, flags, plane(2), after_rows);
+  NOISYSEG_LAUNCH((search_rows<T, mode>), static_cast<unsigned>((rows + together - 1) / together), threads,
+                  shared, exec, swept, searched, source, v, rows, together, staged, most_rows, flags,
+                  plane(2), after_rows);
   if (most_rows < v.n[2])
-    NOISYSEG_LAUNCH((envelope_lines<T, mode>), blocks_for(rows), threads, 0, exec, swept, searched, source, v, 2, rows,
-                    flags, plane(2), after_rows);
+    NOISYSEG_LAUNCH((envelope_lines<T, mode>), blocks_for(rows), threads, 0, exec, swept, searched, source, v,
+                    2, rows, flags, plane(2), after_rows);
   if (!planes) return;
   if (most_planes < v.n[0]) clear(lines);
   NOISYSEG_LAUNCH((search_planes<T, mode>), blocks_for(all), threads, 0, exec, searched, out, source, v, all,
                   most_planes, flags, plane(0), ending);
   if (most_planes < v.n[0])
-    NOISYSEG_LAUNCH((envelope_lines<T, mode>), blocks_for(lines), threads, 0, exec, searched, out, source, v, 0, lines,
-                    flags, plane(0), ending);
+    NOISYSEG_LAUNCH((envelope_lines<T, mode>), blocks_for(lines), threads, 0, exec, searched, out, source, v,
+                    0, lines, flags, plane(0), ending);
 }
 
 // ---- conventions ----------------------------------------------------------------------------------
@@ -557,8 +579,9 @@ __global__ void __launch_bounds__(threads)
   const int64_t voxels = v.size(), item = at / voxels, in_item = at % voxels;
   const int64_t z = in_item / (v.n[1] * v.n[2]), y = in_item / v.n[2] % v.n[1], x = in_item % v.n[2];
   const Item place = item_of(source, item);
-  const bool object = class_at(
-      source, place.offset + z * source.strides[0] + y * source.strides[1] + x * source.strides[2], place.label);
+  const bool object =
+      class_at(source, place.offset + z * source.strides[0] + y * source.strides[1] + x * source.strides[2],
+               place.label);
   codes[at] = static_cast<uint8_t>(!object ? 1 : on_inner_contour(source, v, item, in_item) ? 0 : 2);
 }
 
@@ -569,7 +592,8 @@ __global__ void __launch_bounds__(threads) set_inside(const uint8_t* codes, int6
   if (at < all && codes[at] == 2) phi[at] = -phi[at];
 }
 
-// The bits of non-negative numbers: their order is the integers' order, so that integer atomics give the exact maximum.
+// The bits of non-negative numbers: their order is the integers' order, so that integer atomics give the
+// exact maximum.
 __device__ inline unsigned long long ordered_bits(float x) { return static_cast<uint32_t>(float_to_bits(x)); }
 __device__ inline unsigned long long ordered_bits(double x) {
   unsigned long long bits;
@@ -588,8 +612,8 @@ __device__ inline T from_bits(unsigned long long bits) {
   return x;
 }
 
-// The largest value outside and inside of each item, of kervadec's as its map has them; `chunks` blocks for each. 4
-// bytes per voxel.
+// The largest value outside and inside of each item, of kervadec's as its map has them; `chunks` blocks for
+// each. 4 bytes per voxel.
 template <class T>
 __global__ void __launch_bounds__(threads)
     item_maxima(const T* phi, int64_t voxels, int64_t chunks, bool kervadec, unsigned long long* maxima) {
@@ -619,8 +643,8 @@ __device__ inline T sign_of(T x) {
 // 8 bytes per voxel; for dtc the mask too.
 template <class T>
 __global__ void __launch_bounds__(threads)
-    apply_convention(Source source, Volume v, int64_t all, const unsigned long long* maxima, SignedMap convention,
-                     bool normalize, T* phi) {
+    apply_convention(Source source, Volume v, int64_t all, const unsigned long long* maxima,
+                     SignedMap convention, bool normalize, T* phi) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
   if (at >= all) return;
   const int64_t voxels = v.size(), item = at / voxels;
@@ -636,7 +660,8 @@ __global__ void __launch_bounds__(threads)
       value = value > T(0) ? value / outside : value / inside;
   } else {
     const T top = max_(outside, inside);
-    if (convention == SignedMap::kervadec) value = one_class ? T(0) : kervadec_value(abs_(value), value < T(0));
+    if (convention == SignedMap::kervadec)
+      value = one_class ? T(0) : kervadec_value(abs_(value), value < T(0));
     if (normalize) value = one_class ? sign_of(value) : top > T(0) ? value / top : value;
   }
   phi[at] = value;
@@ -650,7 +675,8 @@ __global__ void __launch_bounds__(threads)
     sample_values(Source values, Source sites, bool everywhere, Volume v, int64_t all, T* f) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
   if (at >= all) return;
-  const int64_t z = at / (v.n[1] * v.n[2]) % v.n[0], y = at / v.n[2] % v.n[1], x = at % v.n[2], item = at / v.size();
+  const int64_t z = at / (v.n[1] * v.n[2]) % v.n[0], y = at / v.n[2] % v.n[1], x = at % v.n[2],
+                item = at / v.size();
   bool site = everywhere;
   if (!everywhere)
     site = value_at(sites, item_of(sites, item).offset + z * sites.strides[0] + y * sites.strides[1] +
@@ -660,14 +686,14 @@ __global__ void __launch_bounds__(threads)
   f[at] = site ? reinterpret_cast<const T*>(values.data)[offset] : static_cast<T>(INFINITY);
 }
 
-// The adjoint of one axis: to(j) = sum of from(i) over the i with apex j, in order. A thread for each line; the i of
-// one j are neighbours. 16 bytes per voxel.
+// The adjoint of one axis: to(j) = sum of from(i) over the i with apex j, in order. A thread for each line;
+// the i of one j are neighbours. 16 bytes per voxel.
 template <class T>
 __global__ void __launch_bounds__(threads)
     adjoint_lines(const T* from, const int32_t* apex, T* to, Volume v, int axis, int64_t lines) {
   const int64_t line = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
   if (line >= lines) return;
-  const int64_t n = v.n[axis], stride = axis == 2 ? 1 : axis == 1 ? v.n[2] : v.n[1] * v.n[2];
+  const int64_t n = extent(v, axis), stride = axis == 2 ? 1 : axis == 1 ? v.n[2] : v.n[1] * v.n[2];
   const int64_t first = line / stride * stride * n + line % stride;
   for (int64_t i = 0; i < n; ++i) to[first + i * stride] = 0;
   int32_t current = -1;
@@ -726,8 +752,8 @@ int64_t count_of(const Array& mask, int spatial_dims, int64_t classes = 0) {
 }
 
 template <class T>
-void edt(const Array& mask, int spatial_dims, const double* spacing, const DistanceOptions& options, const Array& out,
-         const Array& indices, char* memory, const Exec& exec) {
+void edt(const Array& mask, int spatial_dims, const double* spacing, const DistanceOptions& options,
+         const Array& out, const Array& indices, char* memory, const Exec& exec) {
   const Volume v = make_volume(mask, spatial_dims, spacing, options.border);
   const int64_t count = count_of(mask, spatial_dims), all = count * v.size();
   Source source = make_source(mask, spatial_dims);
@@ -747,8 +773,8 @@ void edt(const Array& mask, int spatial_dims, const double* spacing, const Dista
 }
 
 template <class T>
-void signed_map(const Array& mask, int spatial_dims, const double* spacing, const DistanceOptions& options, T* phi,
-                char* memory, const Exec& exec) {
+void signed_map(const Array& mask, int spatial_dims, const double* spacing, const DistanceOptions& options,
+                T* phi, char* memory, const Exec& exec) {
   const Volume v = make_volume(mask, spatial_dims, spacing, options.border);
   const Source source = make_source(mask, spatial_dims, options.num_classes);
   const int64_t count = count_of(mask, spatial_dims, options.num_classes), all = count * v.size();
@@ -767,7 +793,8 @@ void signed_map(const Array& mask, int spatial_dims, const double* spacing, cons
                               {Finish::root, no_site}, exec);
     NOISYSEG_LAUNCH((set_inside<T>), blocks_for(all), threads, 0, exec, codes, all, phi);
   } else {
-    transform<T, Mode::two_classes>(source, count, v, phi, memory, w, nullptr, {Finish::two_sided, no_site}, exec);
+    transform<T, Mode::two_classes>(source, count, v, phi, memory, w, nullptr, {Finish::two_sided, no_site},
+                                    exec);
   }
   if (plain) return;
   unsigned long long* maxima = reinterpret_cast<unsigned long long*>(memory + w.maxima);
@@ -775,10 +802,10 @@ void signed_map(const Array& mask, int spatial_dims, const double* spacing, cons
                         static_cast<cudaStream_t>(exec.stream)),
         "cudaMemsetAsync");
   const int64_t wanted = (v.size() + 8 * threads - 1) / (8 * threads), chunks = wanted < 1024 ? wanted : 1024;
-  NOISYSEG_LAUNCH((item_maxima<T>), static_cast<unsigned>(count * chunks), threads, 0, exec, phi, v.size(), chunks,
-                  convention == SignedMap::kervadec, maxima);
-  NOISYSEG_LAUNCH((apply_convention<T>), blocks_for(all), threads, 0, exec, source, v, all, maxima, convention,
-                  options.normalize, phi);
+  NOISYSEG_LAUNCH((item_maxima<T>), static_cast<unsigned>(count * chunks), threads, 0, exec, phi, v.size(),
+                  chunks, convention == SignedMap::kervadec, maxima);
+  NOISYSEG_LAUNCH((apply_convention<T>), blocks_for(all), threads, 0, exec, source, v, all, maxima,
+                  convention, options.normalize, phi);
 }
 
 template <class T>
@@ -792,7 +819,8 @@ void sampled_forward(const Array& values, const Array& sites, int spatial_dims, 
     passes += n > 1;
     if (sizeof(T) == 4 && n > float_stack)
       throw std::invalid_argument(
-          "values has an axis longer than 65,535, too long for float32 on a CUDA device; pass values.double()");
+          "values has an axis longer than 65,535, too long for float32 on a CUDA device; pass "
+          "values.double()");
   }
   T* from = passes % 2 ? work : out;
   T* to = passes % 2 ? out : work;
@@ -804,8 +832,8 @@ void sampled_forward(const Array& values, const Array& sites, int spatial_dims, 
     const int64_t lines = all / v.n[axis];
     const Ending<T> ending{Finish::squared, static_cast<T>(INFINITY)};
     const unsigned* every = nullptr;
-    NOISYSEG_LAUNCH((envelope_lines<T, Mode::sites>), blocks_for(lines), threads, 0, exec, from, to, source, v, axis,
-                    lines, every, apexes + (axis - v.first_axis) * all, ending);
+    NOISYSEG_LAUNCH((envelope_lines<T, Mode::sites>), blocks_for(lines), threads, 0, exec, from, to, source,
+                    v, axis, lines, every, apexes + (axis - v.first_axis) * all, ending);
     T* next = from;
     from = to;
     to = next;
@@ -813,7 +841,8 @@ void sampled_forward(const Array& values, const Array& sites, int spatial_dims, 
 }
 
 template <class T>
-void sampled_backward(const Array& grad, const int32_t* apexes, int spatial_dims, T* out, T* work, const Exec& exec) {
+void sampled_backward(const Array& grad, const int32_t* apexes, int spatial_dims, T* out, T* work,
+                      const Exec& exec) {
   const Volume v = make_volume(grad, spatial_dims, nullptr);
   const int64_t all = count_of(grad, spatial_dims) * v.size();
   if (all == 0) return;
@@ -837,7 +866,8 @@ void sampled_backward(const Array& grad, const int32_t* apexes, int spatial_dims
 }  // namespace
 
 size_t squared_distance_workspace(int64_t batch, const int64_t shape[3]) {
-  return workspace_of<float>(batch, Volume{{shape[0], shape[1], shape[2]}, {1, 1, 1}}, false, false, false).end;
+  return workspace_of<float>(batch, Volume{{shape[0], shape[1], shape[2]}, {1, 1, 1}}, false, false, false)
+      .end;
 }
 
 void squared_distance(const uint8_t* sites, float* out, void* workspace, int64_t batch,
@@ -845,13 +875,13 @@ void squared_distance(const uint8_t* sites, float* out, void* workspace, int64_t
   const DeviceGuard guard(exec.device);
   Volume v{{shape[0], shape[1], shape[2]}, {1, 1, 1}};
   for (int d = 0; d < 3; ++d) v.w2[d] = spacing[d] * spacing[d];
-  transform<float, Mode::sites>(dense_source(sites, batch, v, true), batch, v, out, static_cast<char*>(workspace),
-                                workspace_of<float>(batch, v, false, false, false), nullptr,
-                                {Finish::squared, INFINITY}, exec);
+  transform<float, Mode::sites>(
+      dense_source(sites, batch, v, true), batch, v, out, static_cast<char*>(workspace),
+      workspace_of<float>(batch, v, false, false, false), nullptr, {Finish::squared, INFINITY}, exec);
 }
 
-size_t distance_workspace(const Array& mask, int spatial_dims, const DistanceOptions& options, bool indices, bool fp64,
-                          const Exec&) {
+size_t distance_workspace(const Array& mask, int spatial_dims, const DistanceOptions& options, bool indices,
+                          bool fp64, const Exec&) {
   const Volume v = make_volume(mask, spatial_dims, nullptr);
   const int64_t count = count_of(mask, spatial_dims, options.num_classes);
   const bool contour = options.convention == SignedMap::boundary, labels = options.multi_label || indices;
@@ -859,8 +889,9 @@ size_t distance_workspace(const Array& mask, int spatial_dims, const DistanceOpt
               : workspace_of<float>(count, v, labels, indices, contour).end;
 }
 
-void distance_transform_edt(const Array& mask, int spatial_dims, const double* spacing, const DistanceOptions& options,
-                            const Array& out, const Array& indices, void* workspace, const Exec& exec) {
+void distance_transform_edt(const Array& mask, int spatial_dims, const double* spacing,
+                            const DistanceOptions& options, const Array& out, const Array& indices,
+                            void* workspace, const Exec& exec) {
   const DeviceGuard guard(exec.device);
   char* memory = static_cast<char*>(workspace);
   if (out.dtype == DType::f64)
@@ -869,8 +900,9 @@ void distance_transform_edt(const Array& mask, int spatial_dims, const double* s
     edt<float>(mask, spatial_dims, spacing, options, out, indices, memory, exec);
 }
 
-void signed_distance_map(const Array& mask, int spatial_dims, const double* spacing, const DistanceOptions& options,
-                         const Array& out, void* workspace, const Exec& exec) {
+void signed_distance_map(const Array& mask, int spatial_dims, const double* spacing,
+                         const DistanceOptions& options, const Array& out, void* workspace,
+                         const Exec& exec) {
   const DeviceGuard guard(exec.device);
   char* memory = static_cast<char*>(workspace);
   if (out.dtype == DType::f64)
@@ -895,16 +927,16 @@ void sampled_distance(const Array& values, const Array& sites, int spatial_dims,
                     static_cast<float*>(workspace), exec);
 }
 
-void sampled_distance_backward(const Array& grad, const Array& apexes, int spatial_dims, const Array& grad_values,
-                               void* workspace, const Exec& exec) {
+void sampled_distance_backward(const Array& grad, const Array& apexes, int spatial_dims,
+                               const Array& grad_values, void* workspace, const Exec& exec) {
   const DeviceGuard guard(exec.device);
   const int32_t* at = static_cast<const int32_t*>(apexes.data);
   if (grad.dtype == DType::f64)
-    sampled_backward(grad, at, spatial_dims, static_cast<double*>(grad_values.data), static_cast<double*>(workspace),
-                     exec);
+    sampled_backward(grad, at, spatial_dims, static_cast<double*>(grad_values.data),
+                     static_cast<double*>(workspace), exec);
   else
-    sampled_backward(grad, at, spatial_dims, static_cast<float*>(grad_values.data), static_cast<float*>(workspace),
-                     exec);
+    sampled_backward(grad, at, spatial_dims, static_cast<float*>(grad_values.data),
+                     static_cast<float*>(workspace), exec);
 }
 
 }  // namespace noisyseg::cuda

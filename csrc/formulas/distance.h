@@ -8,8 +8,9 @@
 // Seen from a voxel of class s, a voxel j of the other class is a site itself, so the candidate is max(s f_j,
 // 0) + w^2 k^2.
 //
-// In an image of many labels a voxel j of another label is a site too: candidate w^2 k^2. Within a run of one label the
-// lower envelope holds that run's own parabolas; the two voxels next to the run are the sites outside it.
+// In an image of many labels a voxel j of another label is a site too: candidate w^2 k^2. Within a run of one
+// label the lower envelope holds that run's own parabolas; the two voxels next to the run are the sites
+// outside it.
 #pragma once
 #include "formulas/host_device.h"
 
@@ -30,10 +31,10 @@ NOISYSEG_FORMULA int64_t first_below(T fj, T fv, int64_t j, int64_t v, T w2, int
   return crossing < -1.0 ? -1 : static_cast<int64_t>(crossing + 2.0) - 1;
 }
 
-// The lower envelope of the parabolas f(j) + w^2 (i-j)^2 over a <= i, j < b (Felzenszwalb and Huttenlocher 2012,
-// algorithm 1, with the integer regions of Meijster et al. 2000): put(i, j of the lowest, -1 if f is inf
-// throughout), for i downwards. Linear in b - a. Entry k of the stack is set before and read no later than
-// put(a + k): the stack may lie where put writes.
+// The lower envelope of the parabolas f(j) + w^2 (i-j)^2 over a <= i, j < b (Felzenszwalb and Huttenlocher
+// 2012, algorithm 1, with the integer regions of Meijster et al. 2000): put(i, j of the lowest, -1 if f is
+// inf throughout), for i downwards. Linear in b - a. Entry k of the stack is set before and read no later
+// than put(a + k): the stack may lie where put writes.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif

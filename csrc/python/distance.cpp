@@ -25,8 +25,8 @@ void bind_distance(py::module_& m) {
     to.num_classes = std::get<6>(o);
     return to;
   };
-  m.def("distance_workspace", [options](const Array& mask, int spatial_dims, const Options& o, bool indices, bool fp64,
-                                        const Exec& exec) {
+  m.def("distance_workspace", [options](const Array& mask, int spatial_dims, const Options& o, bool indices,
+                                        bool fp64, const Exec& exec) {
     return distance_workspace(mask, spatial_dims, options(o), indices, fp64, exec);
   });
   m.def(
@@ -56,8 +56,8 @@ void bind_distance(py::module_& m) {
       release_gil());
   m.def(
       "sampled_distance_backward",
-      [](const Array& grad, const Array& apexes, int spatial_dims, const Array& grad_values, Address workspace,
-         const Exec& exec) {
+      [](const Array& grad, const Array& apexes, int spatial_dims, const Array& grad_values,
+         Address workspace, const Exec& exec) {
         sampled_distance_backward(grad, apexes, spatial_dims, grad_values, reinterpret_cast<void*>(workspace),
                                   exec);
       },

