@@ -289,11 +289,8 @@ def _narrow(mask: Any, space: _arrays.Namespace) -> Any:
 
 def _precision(dtype: Any) -> str:
     name = str(dtype).removeprefix("torch.")
-    if name not in ("float32", "float64"):
-        try:
-            name = np.dtype(dtype).name
-        except TypeError:
-            pass
+    if isinstance(dtype, type):  # numpy.float64
+        name = dtype.__name__
     if name not in ("float32", "float64"):
         raise ValueError(f"dtype must be float32 or float64, got {dtype!r}")
     return name
@@ -310,7 +307,7 @@ def _spacings(spacing: Any, dims: int, batch: Sequence[int]) -> list[Spacing]:
     nested = isinstance(spacing, (tuple, list)) and any(hasattr(row, "__len__") for row in spacing)
     each = nested or getattr(spacing, "ndim", 1) > 1
     if not each:
-        return [(*_arrays.spacing_per_axis(spacing, dims), 1.0, 1.0)[:3]]
+        return [_padded(spacing, dims)]
     try:
         table = np.asarray(spacing, float)
     except (TypeError, ValueError):
@@ -321,7 +318,12 @@ def _spacings(spacing: Any, dims: int, batch: Sequence[int]) -> list[Spacing]:
         raise ValueError(
             f"spacing has shape {table.shape}; for each item of this batch it would be {(*batch, dims)}"
         )
-    return [(*_arrays.spacing_per_axis(row, dims), 1.0, 1.0)[:3] for row in table.reshape(-1, dims).tolist()]
+    return [_padded(row, dims) for row in table.reshape(-1, dims).tolist()]
+
+
+def _padded(spacing: Any, dims: int) -> Spacing:
+    a, b, c = (*_arrays.spacing_per_axis(spacing, dims), 1.0, 1.0)[:3]
+    return a, b, c
 
 
 View = _arrays.View | None

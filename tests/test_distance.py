@@ -454,8 +454,8 @@ def test_sampled_distance_gradients() -> None:
         sampled_distance(large * 100).sin().sum().backward()
         gradients.append(large.grad)
     assert torch.equal(*gradients), "the same bits for any number of threads"
-    with pytest.raises(RuntimeError, match="twice|once_differentiable|differentiate"):
-        (grad,) = torch.autograd.grad((call(values) ** 2).sum(), values, create_graph=True)
+    (grad,) = torch.autograd.grad((call(values) ** 2).sum(), values, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(values), call(values))

@@ -1,7 +1,7 @@
 // Exact Euclidean distance transforms on CUDA: no padding, no synchronisation, the caller's memory and
 // stream.
 //
-// Volumes (n0, n1, n2) of up to 6,144 voxels (3,072 in double): one block each, both buffers in shared
+// Volumes (n0, n1, n2) of up to 6,144 voxels, in float: one block each, both buffers in shared
 // memory, one launch. Larger ones, one kernel for each axis, threads along the contiguous one: run lengths
 // along axis 1 (mask -> result), outward search along axis 2 from rows in shared memory (result ->
 // workspace), along axis 0 (workspace -> result). The search takes as many steps as the distance is long
@@ -226,36 +226,37 @@ struct NoOther {
 };
 
 // One block for each volume; dynamic shared memory: two buffers of the volume's size. 5 bytes per voxel.
-template <class T, Mode mode>
-__global__ void __launch_bounds__(threads) small_volume(Source source, Volume v, Ending<T> ending, T* out) {
-  NOISYSEG_SHARED(T, a);
+template <Mode mode>
+__global__ void __launch_bounds__(threads)
+    small_volume(Source source, Volume v, Ending<float> ending, float* out) {
+  NOISYSEG_SHARED(float, a);
   // Small enough for 32 bits, whose divisions need no subroutine.
   const int n0 = static_cast<int>(v.n[0]), n2 = static_cast<int>(v.n[2]),
             slice = static_cast<int>(v.n[1]) * n2;
   const int voxels = n0 * slice;
-  T* b = a + voxels;
+  float* b = a + voxels;
   const Item item = item_of(source, blockIdx.x);
   for (int c = static_cast<int>(threadIdx.x); c < n0 * n2; c += threads) {
     const int z = c / n2, x = c % n2;
-    sweep_column<T, mode>(source, item.offset + z * source.strides[0] + x * source.strides[2], item.label, v,
-                          a + z * slice + x, nullptr);
+    sweep_column<float, mode>(source, item.offset + z * source.strides[0] + x * source.strides[2], item.label,
+                              v, a + z * slice + x, nullptr);
   }
   __syncthreads();
-  T squared;
+  float squared;
   int64_t from;
   for (int at = static_cast<int>(threadIdx.x); at < voxels; at += threads) {
     const int x = at % n2;
-    outward<T, mode>(a + (at - x), 1, x, n2, static_cast<T>(v.w2[2]), n2, NoOther(), squared, from);
-    b[at] = finished<T, mode>(limited<T, mode>(squared, a[at], v, 2, x), a[at],
-                              {Finish::squared, static_cast<T>(INFINITY)});
+    outward<float, mode>(a + (at - x), 1, x, n2, static_cast<float>(v.w2[2]), n2, NoOther(), squared, from);
+    b[at] = finished<float, mode>(limited<float, mode>(squared, a[at], v, 2, x), a[at],
+                                  {Finish::squared, static_cast<float>(INFINITY)});
   }
   __syncthreads();
   out += static_cast<int64_t>(blockIdx.x) * voxels;
   for (int at = static_cast<int>(threadIdx.x); at < voxels; at += threads) {
     const int z = at / slice;
-    outward<T, mode>(b + (at - z * slice), slice, z, n0, static_cast<T>(v.w2[0]), n0, NoOther(), squared,
-                     from);
-    out[at] = finished<T, mode>(limited<T, mode>(squared, b[at], v, 0, z), b[at], ending);
+    outward<float, mode>(b + (at - z * slice), slice, z, n0, static_cast<float>(v.w2[0]), n0, NoOther(),
+                         squared, from);
+    out[at] = finished<float, mode>(limited<float, mode>(squared, b[at], v, 0, z), b[at], ending);
   }
 }
 
@@ -468,9 +469,11 @@ __global__ void __launch_bounds__(threads)
 unsigned blocks_for(int64_t n) { return static_cast<unsigned>((n + threads - 1) / threads); }
 size_t round_up(size_t n) { return (n + 255) / 256 * 256; }
 
-template <class T>
+// Float results only: double's would spill registers.
+template <class T, Mode mode>
 bool is_small(const Volume& v, int64_t count) {
-  return static_cast<size_t>(2 * v.size()) * sizeof(T) <= small_bytes && v.n[0] <= small_line &&
+  return sizeof(T) == 4 && mode != Mode::labels &&
+         static_cast<size_t>(2 * v.size()) * sizeof(T) <= small_bytes && v.n[0] <= small_line &&
          v.n[2] <= small_line && count < (int64_t{1} << 31);
 }
 
@@ -489,7 +492,7 @@ template <class T>
 Workspace workspace_of(int64_t count, const Volume& v, bool labels, bool indices, bool contour) {
   Workspace w;
   const size_t all = static_cast<size_t>(count * v.size());
-  const bool small = is_small<T>(v, count) && !labels && !indices;
+  const bool small = is_small<T, Mode::sites>(v, count) && !labels;
   const int64_t shorter = v.n[0] > 1 && v.n[0] < v.n[2] ? v.n[0] : v.n[2];
   w.flags = small ? 0 : round_up(all * sizeof(T));
   w.apexes =
@@ -505,12 +508,12 @@ void transform(const Source& source, int64_t count, const Volume& v, T* out, cha
                int32_t* apexes, const Ending<T>& ending, const Exec& exec) {
   const int64_t voxels = v.size(), all = count * voxels;
   if (all == 0) return;
-  if (mode != Mode::labels && is_small<T>(v, count)) {
-    constexpr Mode small = mode == Mode::labels ? Mode::sites : mode;
-    NOISYSEG_LAUNCH((small_volume<T, small>), static_cast<unsigned>(count), threads,
-                    static_cast<size_t>(2 * voxels) * sizeof(T), exec, source, v, ending, out);
-    return;
-  }
+  if constexpr (sizeof(T) == 4 && mode != Mode::labels)
+    if (is_small<T, mode>(v, count)) {
+      NOISYSEG_LAUNCH((small_volume<mode>), static_cast<unsigned>(count), threads,
+                      static_cast<size_t>(2 * voxels) * sizeof(T), exec, source, v, ending, out);
+      return;
+    }
   T* work = reinterpret_cast<T*>(memory + w.work);
   unsigned* flags = reinterpret_cast<unsigned*>(memory + w.flags);
   const auto plane = [&](int axis) { return apexes ? apexes + axis * all : nullptr; };
