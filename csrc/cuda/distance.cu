@@ -137,11 +137,13 @@ template <class T, Mode mode>
 __device__ inline void sweep_column(const Source& s, int64_t offset, int64_t label, const Volume& v, T* f,
                                     int32_t* apex) {
   constexpr bool two_classes = mode == Mode::two_classes;
+  constexpr int unroll = 1;  // more spilled registers on sm_100
   constexpr T inf = static_cast<T>(INFINITY);
   const int64_t n1 = v.n[1], n2 = v.n[2];
   const T w2 = static_cast<T>(v.w2[1]);
   T run = two_classes ? T(0) : inf;  // two classes: signed run length, 0 before the first voxel
   int64_t before = 0;                // labels: that of the voxel before
+#pragma unroll unroll
   for (int64_t y = 0; y < n1; ++y) {
     if (mode == Mode::labels) {
       const int64_t own = label_at(s, offset + y * s.strides[1]);
@@ -157,6 +159,7 @@ __device__ inline void sweep_column(const Source& s, int64_t offset, int64_t lab
     f[y * n2] = run;
   }
   run = two_classes ? T(0) : inf;
+#pragma unroll unroll
   for (int64_t y = n1 - 1; y >= 0; --y) {
     const T up = f[y * n2];
     T sign = T(1), d;
@@ -297,14 +300,15 @@ __global__ void __launch_bounds__(threads)
     line = shared;
   }
   for (int64_t at = threadIdx.x; at < count; at += threads) {
-    const int64_t x = at % n, row = first + at / n;
+    const int64_t in_block = at / n, x = at - in_block * n, row = first + in_block;
     T squared;
     int64_t site;
     bool done;
     if (mode == Mode::labels) {
-      const int64_t z = row / v.n[1] % v.n[0], y = row % v.n[1];
-      const int64_t offset =
-          item_of(source, row / v.n[1] / v.n[0]).offset + z * source.strides[0] + y * source.strides[1];
+      const int64_t slice = row / v.n[1], item = slice / v.n[0];
+      int64_t offset =
+          (row - slice * v.n[1]) * source.strides[1] + (slice - item * v.n[0]) * source.strides[0];
+      offset += item_of(source, item).offset;
       const OtherLabel other{&source, offset, source.strides[2],
                              label_at(source, offset + x * source.strides[2])};
       done = outward<T, mode>(line + (at - x), 1, x, n, static_cast<T>(v.w2[2]), most, other, squared, site);
