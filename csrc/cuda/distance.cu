@@ -137,13 +137,12 @@ template <class T, Mode mode>
 __device__ inline void sweep_column(const Source& s, int64_t offset, int64_t label, const Volume& v, T* f,
                                     int32_t* apex) {
   constexpr bool two_classes = mode == Mode::two_classes;
-  constexpr int unroll = 1;  // more spilled registers on sm_100
   constexpr T inf = static_cast<T>(INFINITY);
   const int64_t n1 = v.n[1], n2 = v.n[2];
   const T w2 = static_cast<T>(v.w2[1]);
   T run = two_classes ? T(0) : inf;  // two classes: signed run length, 0 before the first voxel
   int64_t before = 0;                // labels: that of the voxel before
-#pragma unroll unroll
+#pragma unroll 1                     // more spilled registers on sm_100
   for (int64_t y = 0; y < n1; ++y) {
     if (mode == Mode::labels) {
       const int64_t own = label_at(s, offset + y * s.strides[1]);
@@ -159,7 +158,7 @@ __device__ inline void sweep_column(const Source& s, int64_t offset, int64_t lab
     f[y * n2] = run;
   }
   run = two_classes ? T(0) : inf;
-#pragma unroll unroll
+#pragma unroll 1  // more spilled registers on sm_100
   for (int64_t y = n1 - 1; y >= 0; --y) {
     const T up = f[y * n2];
     T sign = T(1), d;
