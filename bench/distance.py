@@ -68,6 +68,26 @@ def coin_flips(shape: Sequence[int]) -> Mask:
     return np.random.default_rng(0).integers(0, 2, shape, np.uint8)
 
 
+def stripes(shape: Sequence[int]) -> Mask:
+    """8 voxels wide, along the contiguous axis."""
+    return (np.indices(shape[1:])[-1] // 8 % 2).astype(np.uint8)[None].repeat(shape[0], 0)
+
+
+def diagonal(shape: Sequence[int]) -> Mask:
+    """All object but a diagonal line."""
+    mask = np.ones(shape, np.uint8)
+    mask[(slice(None), *[np.arange(min(shape[1:]))] * (len(shape) - 1))] = 0
+    return mask
+
+
+def specks(shape: Sequence[int]) -> Mask:
+    return (np.random.default_rng(0).random(shape) < 0.01).astype(np.uint8)
+
+
+def holes(shape: Sequence[int]) -> Mask:
+    return (np.random.default_rng(0).random(shape) < 0.99).astype(np.uint8)
+
+
 def ball(shape: Sequence[int]) -> Mask:
     """A ball that fills the image: many sites at nearly the same distance."""
     place = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape[1:]), indexing="ij"))
@@ -80,8 +100,13 @@ HARD: dict[str, Callable[[Sequence[int]], Mask]] = {
     "checkerboard": checkerboard,
     "sparse holes": sparse_holes,
     "coin flips": coin_flips,
+    "stripes": stripes,
+    "diagonal": diagonal,
+    "1 %": specks,
+    "99 %": holes,
     "ball": ball,
 }
+# An image of one class has no row: SciPy, the oracle, measures to a voxel that does not exist there.
 
 
 def unsigned(mask: Mask, what: str = "", *, spacing: Any = None, device: str, headline: bool = False) -> Case:

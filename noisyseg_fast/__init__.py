@@ -18,6 +18,7 @@ __version__: str = _core.build_info()["version"]
 _HOME = {
     "distance_transform_edt": "distance",
     "signed_distance_map": "distance",
+    "sampled_distance": "distance",
     "surface_metrics": "metrics",
     "overlap_metrics": "metrics",
     "confusion": "metrics",

@@ -330,7 +330,8 @@ def spacing_per_axis(spacing: float | Sequence[float] | None, spatial_dims: int)
         if isinstance(spacing, str):
             raise TypeError
         given: Any = spacing
-        values = (float(given),) * spatial_dims if np.ndim(given) == 0 else tuple(map(float, given))
+        one = not isinstance(given, (tuple, list)) and np.ndim(given) == 0
+        values = (float(given),) * spatial_dims if one else tuple(map(float, given))
     except (TypeError, ValueError):
         raise TypeError(f"spacing must be a number or one for each spatial axis, got {spacing!r}") from None
     if len(values) != spatial_dims:

@@ -449,7 +449,7 @@ def dual_task_loss(
 
 def _distance_to(sites: Tensor, spacing: Sequence[float] | None) -> Tensor:
     """Distance of every voxel of one item (*S) to the nearest True one, float64; inf without any."""
-    scale = torch.ones(sites.ndim) if spacing is None else torch.as_tensor(spacing)
+    scale = torch.ones(sites.ndim) if spacing is None else torch.as_tensor(spacing, dtype=torch.float64)
     grid = (
         torch.cartesian_prod(*(torch.arange(n) for n in sites.shape)).reshape(-1, sites.ndim) * scale.double()
     )
@@ -460,20 +460,61 @@ def _distance_to(sites: Tensor, spacing: Sequence[float] | None) -> Tensor:
     return distance.amin(1).reshape(sites.shape)
 
 
-def inner_contour(mask: Tensor) -> Tensor:
-    """Object voxels of one item (*S) with a face neighbour, inside the image, that is background."""
+def _to_outside(shape: Sequence[int], spacing: Sequence[float] | None) -> Tensor:
+    """Distance of every voxel to the nearest of those just outside the image."""
+    result = torch.full(tuple(shape), math.inf, dtype=torch.float64)
+    for axis, n in enumerate(shape):
+        i = torch.arange(n)
+        along = torch.minimum(i + 1, n - i).double() * (1.0 if spacing is None else float(spacing[axis]))
+        result = torch.minimum(result, along.reshape(-1, *(1,) * (len(shape) - axis - 1)))
+    return result
+
+
+def inner_contour(mask: Tensor, border: bool = False) -> Tensor:
+    """Object voxels of one item (*S) with a face neighbour, inside the image, that is background; with border, also
+    those with a face neighbour outside."""
     mask = mask != 0
     edge = torch.zeros_like(mask)
     for axis in range(mask.ndim):
         n = mask.shape[axis]
         edge.narrow(axis, 1, n - 1).logical_or_(~mask.narrow(axis, 0, n - 1))
         edge.narrow(axis, 0, n - 1).logical_or_(~mask.narrow(axis, 1, n - 1))
+        if border:
+            edge.select(axis, 0).fill_(True)
+            edge.select(axis, n - 1).fill_(True)
     return mask & edge
 
 
-def distance_transform_edt(mask: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
-    """One item (*S): distance of every object voxel to the nearest background voxel."""
-    return torch.where(mask != 0, _distance_to(mask == 0, spacing), 0.0)
+def distance_transform_edt(
+    mask: Tensor,
+    spacing: Sequence[float] | None = None,
+    *,
+    multi_label: bool = False,
+    border: bool = False,
+) -> Tensor:
+    """One item (*S): distance of every object voxel to the nearest background voxel, or voxel of another label."""
+    result = torch.zeros(mask.shape, dtype=torch.float64)
+    labels = mask if multi_label else mask != 0
+    for label in labels.unique():
+        if label != 0:
+            result = torch.where(labels == label, _distance_to(labels != label, spacing), result)
+    if border:
+        result = torch.minimum(result, _to_outside(mask.shape, spacing))
+    return result
+
+
+def sampled_distance(
+    values: Tensor, sites: Tensor | None = None, spacing: Sequence[float] | None = None
+) -> Tensor:
+    """One item (*S): min over the sites q of values[q] + |p - q|^2, differentiable; every item needs a site."""
+    scale = torch.ones(values.ndim) if spacing is None else torch.as_tensor(spacing, dtype=torch.float64)
+    grid = (
+        torch.cartesian_prod(*(torch.arange(n) for n in values.shape)).reshape(-1, values.ndim)
+        * scale.double()
+    )
+    squared = ((grid[:, None] - grid[None]) ** 2).sum(-1)
+    sampled = values if sites is None else torch.where(sites != 0, values, math.inf)
+    return (squared + sampled.flatten()).min(1).values.reshape(values.shape)
 
 
 def signed_distance_map(
@@ -482,12 +523,15 @@ def signed_distance_map(
     *,
     convention: str = "boundary",
     normalize: bool = False,
+    border: bool = False,
 ) -> Tensor:
     """One item (*S): negative inside; the conventions of `noisyseg_fast.signed_distance_map`."""
     mask = mask != 0
-    one_class = bool(mask.all() or not mask.any())
     outside, inside = _distance_to(mask, spacing), _distance_to(~mask, spacing)
-    contour = inner_contour(mask)
+    if border:
+        inside = torch.minimum(inside, _to_outside(mask.shape, spacing))
+    one_class = bool((torch.where(mask, inside, outside) == math.inf).any())
+    contour = inner_contour(mask, border)
     if convention == "boundary":
         phi = torch.where(mask, -1.0, 1.0) * _distance_to(contour, spacing)
     elif convention == "two_sided":
@@ -497,7 +541,10 @@ def signed_distance_map(
     elif one_class:
         phi = torch.where(mask, -1.0, 1.0)
     else:
-        phi = torch.where(mask, -inside / inside[mask].max(), outside / outside[~mask].max())
+        far_inside, far_outside = (
+            torch.where(m, d, 0.0).max() for m, d in ((mask, inside), (~mask, outside))
+        )
+        phi = torch.where(mask, -inside / far_inside, outside / far_outside)
         phi = torch.where(contour, 0.0, phi)
     top = phi.abs().max()
     if normalize and top > 0:

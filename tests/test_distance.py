@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
-from noisyseg_fast import distance_transform_edt, reference, signed_distance_map
+from noisyseg_fast import distance_transform_edt, reference, sampled_distance, signed_distance_map
 from noisyseg_fast.distance import CONVENTIONS
 
 SPACING = st.sampled_from([0.3, 0.7, 1.0, 2.5])
@@ -255,6 +255,275 @@ def test_errors(arguments: dict[str, object], error: type[Exception], message: s
     for function in (distance_transform_edt, signed_distance_map):
         with pytest.raises(error, match=message):
             function(**arguments)
+
+
+@settings(max_examples=150, deadline=None)
+@given(masks(9), st.sampled_from(CONVENTIONS), st.booleans(), st.sampled_from(["float32", "float64"]))
+def test_border_counts_as_background(
+    case: tuple[np.ndarray, tuple[float, ...] | None], convention: str, normalize: bool, dtype: str
+) -> None:
+    mask, spacing = case
+    item = torch.from_numpy(mask)
+    tolerance = 2e-6 if dtype == "float32" else 1e-13
+    expected = reference.distance_transform_edt(item, spacing, border=True)
+    got = distance_transform_edt(mask, spacing, border=True, dtype=dtype)
+    assert got.dtype == dtype
+    np.testing.assert_allclose(got, expected, rtol=tolerance)
+    options = {"convention": convention, "normalize": normalize, "border": True}
+    expected = reference.signed_distance_map(item, spacing, **options)
+    np.testing.assert_allclose(
+        signed_distance_map(mask, spacing, dtype=dtype, **options), expected, rtol=tolerance, atol=tolerance
+    )
+
+
+@st.composite
+def labels(draw: st.DrawFn, longest: int = 8) -> tuple[np.ndarray, tuple[float, ...] | None]:
+    """Few labels in cells of 1 to 3 voxels."""
+    dims = draw(st.integers(1, 3))
+    cells = tuple(draw(st.integers(1, longest)) for _ in range(dims))
+    image = np.random.default_rng(draw(st.integers(0, 2**32 - 1))).integers(0, draw(st.integers(1, 5)), cells)
+    for axis in range(dims):
+        image = image.repeat(draw(st.integers(1, 3)), axis)
+    return image, draw(st.none() | st.tuples(*[SPACING] * dims))
+
+
+@settings(max_examples=200, deadline=None)
+@given(labels(), st.booleans(), st.sampled_from(["float32", "float64"]))
+def test_multi_label_equals_the_reference(
+    case: tuple[np.ndarray, tuple[float, ...] | None], border: bool, dtype: str
+) -> None:
+    image, spacing = case
+    expected = reference.distance_transform_edt(
+        torch.from_numpy(image), spacing, multi_label=True, border=border
+    ).numpy()
+    tolerance = 1e-6 if dtype == "float32" else 1e-14
+    options = {"multi_label": True, "dtype": dtype}
+    got = distance_transform_edt(image, spacing, border=border, **options)
+    np.testing.assert_allclose(got, expected, rtol=tolerance)
+    if border:
+        return
+    _, indices = distance_transform_edt(image, spacing, return_indices=True, **options)
+    finite = np.isfinite(expected)
+    assert (indices[:, ~finite] == -1).all()
+    if not finite.all():
+        return
+    assert ((image[tuple(indices)] != image) | (image == 0)).all()
+    scale = np.reshape(spacing or (1,) * image.ndim, (-1,) + (1,) * image.ndim)
+    reached = np.sqrt((((np.indices(image.shape) - indices) * scale) ** 2).sum(0))
+    np.testing.assert_allclose(reached, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("border", [False, True])
+@pytest.mark.parametrize("shape", [(700,), (300, 20), (20, 300), (30, 40, 70), (300, 4, 5), (5, 4, 300)])
+def test_multi_label_equals_edt(shape: tuple[int, ...], border: bool) -> None:
+    """Long lines too, where the search gives way to the envelope."""
+    edt = pytest.importorskip("edt")
+    rng = np.random.default_rng(len(shape))
+    coarse = rng.integers(0, 4, [-(-n // 150) for n in shape])
+    for axis in range(len(shape)):
+        coarse = coarse.repeat(150, axis)
+    big = coarse[tuple(slice(0, n) for n in shape)]
+    spots = np.where(rng.random(shape) < 0.001, 7, 1)
+    for image in (big, spots, rng.integers(0, 3, shape), np.ones(shape, int)):
+        for spacing in (None, (1.7, 0.6, 1.1)[: len(shape)]):
+            scale = spacing or (1.0,) * len(shape)
+            expected = edt.edt(
+                np.ascontiguousarray(image, np.uint32),
+                anisotropy=scale if len(shape) > 1 else scale[0],
+                black_border=border,
+            )
+            got = distance_transform_edt(image, spacing, multi_label=True, border=border)
+            np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_labels_of_any_integer_dtype() -> None:
+    image = np.random.default_rng(4).integers(0, 5, (12, 15))
+    expected = distance_transform_edt(image, multi_label=True)
+    for dtype in ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]:
+        for given_image in (image.astype(dtype), torch.from_numpy(image).to(getattr(torch, dtype))):
+            np.testing.assert_array_equal(distance_transform_edt(given_image, multi_label=True), expected)
+            maps = signed_distance_map(given_image, num_classes=5)
+            np.testing.assert_array_equal(maps, signed_distance_map(image, num_classes=5))
+    for far in (image * (2**40 + 1), np.where(image, image + 2**40, 0), image - 2 * (image > 2) * 2**33):
+        np.testing.assert_array_equal(distance_transform_edt(far, multi_label=True), expected)
+    never_zero = np.where(image == 0, 2**50, image)
+    np.testing.assert_array_equal(
+        distance_transform_edt(never_zero, multi_label=True),
+        distance_transform_edt(np.where(image == 0, 9, image), multi_label=True),
+    )
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_a_map_for_each_class(convention: str) -> None:
+    image = torch.from_numpy(np.random.default_rng(5).integers(-1, 4, (2, 3, 9, 11)))
+    got = signed_distance_map(image, (1, 2), spatial_dims=2, convention=convention, num_classes=4)
+    assert got.shape == (2, 3, 4, 9, 11)
+    for c in range(4):
+        one = signed_distance_map(image == c, (1, 2), spatial_dims=2, convention=convention)
+        assert torch.equal(got[:, :, c], one)
+
+
+def test_spacing_of_each_item() -> None:
+    image = np.random.default_rng(6).random((3, 2, 8, 9)) < 0.7
+    spacing = np.random.default_rng(7).uniform(0.5, 2, (3, 2, 2))
+    edt, indices = distance_transform_edt(image, spacing, spatial_dims=2, return_indices=True)
+    maps = signed_distance_map(image, spacing.tolist(), spatial_dims=2, num_classes=2)
+    values = torch.rand(3, 2, 8, 9, requires_grad=True)
+    sampled = sampled_distance(values, torch.from_numpy(~image), torch.from_numpy(spacing), spatial_dims=2)
+    sampled.square().sum().backward()
+    for i in np.ndindex(3, 2):
+        own = tuple(spacing[i])
+        for whole, one in zip(
+            (edt, indices), distance_transform_edt(image[i], own, return_indices=True), strict=True
+        ):
+            np.testing.assert_array_equal(whole[i], one)
+        np.testing.assert_array_equal(maps[i], signed_distance_map(image[i], own, num_classes=2))
+        alone = values.detach()[i].requires_grad_()
+        result = sampled_distance(alone, torch.from_numpy(~image[i]), own)
+        assert torch.equal(result, sampled[i])
+        result.square().sum().backward()
+        assert torch.equal(alone.grad, values.grad[i])
+
+
+def test_float64_is_exact_beyond_2_to_the_24() -> None:
+    mask = np.ones((1, 6001), np.uint8)
+    mask[0, 0] = 0
+    squared = distance_transform_edt(mask, squared=True, dtype=np.float64)
+    assert (squared[0] == np.arange(6001.0) ** 2).all()
+    far = np.ones((3, 5000, 2), bool)
+    far[0, 0, 0] = False
+    squared = distance_transform_edt(torch.from_numpy(far), squared=True, dtype=torch.float64)
+    z, y, x = np.indices(far.shape).astype(float)
+    assert (squared.numpy() == z**2 + y**2 + x**2).all()
+
+
+def test_items_without_a_site() -> None:
+    mask = np.stack([np.ones((4, 5), np.uint8), np.zeros((4, 5), np.uint8), np.eye(4, 5, dtype=np.uint8)])
+    got = distance_transform_edt(mask, spatial_dims=2, no_site=7.5)
+    assert (got[0] == 7.5).all()
+    np.testing.assert_array_equal(got[1:], distance_transform_edt(mask, spatial_dims=2)[1:])
+    labelled = distance_transform_edt(mask * 3, spatial_dims=2, multi_label=True, squared=True, no_site=0)
+    assert (labelled[0] == 0).all()
+    for convention in ("boundary", "two_sided"):
+        got = signed_distance_map(mask, spatial_dims=2, convention=convention, no_site=9)
+        assert (got[0] == -9).all()
+        assert (got[1] == 9).all()
+        np.testing.assert_array_equal(got[2], signed_distance_map(mask[2], convention=convention))
+
+
+@settings(max_examples=60, deadline=None)
+@given(masks(6))
+def test_sampled_distance_equals_the_reference(case: tuple[np.ndarray, tuple[float, ...] | None]) -> None:
+    mask, spacing = case
+    sites = torch.from_numpy(mask)
+    rng = np.random.default_rng(mask.size)
+    ours = torch.from_numpy(rng.normal(0, 5, mask.shape)).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    got, expected = sampled_distance(ours, sites, spacing), reference.sampled_distance(theirs, sites, spacing)
+    torch.testing.assert_close(got, expected)
+    if mask.any():
+        weight = torch.from_numpy(rng.normal(size=mask.shape))
+        (got * weight).sum().backward()
+        (expected * weight).sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    else:
+        assert (got == np.inf).all()
+    single = sampled_distance(ours.detach().float().numpy(), mask, spacing)
+    assert single.dtype == np.float32
+    np.testing.assert_allclose(single, got.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_sampled_distance_on_long_lines() -> None:
+    """With values 0 it is the squared transform."""
+    for shape in ((700,), (130, 150), (20, 90, 70)):
+        mask = np.random.default_rng(1).random(shape) < 0.999
+        expected = distance_transform_edt(mask, squared=True)
+        np.testing.assert_array_equal(sampled_distance(np.zeros(shape, np.float32), ~mask), expected)
+
+
+def test_sampled_distance_gradients() -> None:
+    values = (torch.rand(2, 5, 6, dtype=torch.float64) * 9).requires_grad_()
+    sites = torch.rand(2, 5, 6) < 0.4
+    sites[:, 0, 0] = True
+    call = lambda v: sampled_distance(v, sites, (1, 1.5), spatial_dims=2)  # noqa: E731
+    assert torch.autograd.gradcheck(call, (values,))
+    gradients = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        large = torch.rand(300, 200, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        sampled_distance(large * 100).sin().sum().backward()
+        gradients.append(large.grad)
+    assert torch.equal(*gradients), "the same bits for any number of threads"
+    (grad,) = torch.autograd.grad((call(values) ** 2).sum(), values, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(values), call(values))
+    (ours,) = torch.autograd.grad(call(values).square().sum(), values)
+    (theirs,) = torch.autograd.grad(compiled(values).square().sum(), values)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda m: distance_transform_edt(m, dtype="float16"),
+            ValueError,
+            "dtype must be float32 or float64",
+        ),
+        (
+            lambda m: distance_transform_edt(m, no_site=-1),
+            ValueError,
+            "no_site must be a number from 0 to inf, got -1",
+        ),
+        (
+            lambda m: signed_distance_map(m, no_site=np.nan),
+            ValueError,
+            "no_site must be a number from 0 to inf",
+        ),
+        (
+            lambda m: distance_transform_edt(m, border=True, return_indices=True),
+            ValueError,
+            "return_indices=True needs border=False",
+        ),
+        (
+            lambda m: signed_distance_map(m, num_classes=0),
+            ValueError,
+            "num_classes must be a positive integer or None",
+        ),
+        (
+            lambda m: distance_transform_edt(m[None], [[1, 2], [3, 4]], spatial_dims=2),
+            ValueError,
+            r"spacing has shape \(2, 2\); for each item of this batch it would be \(1, 2\)",
+        ),
+        (
+            lambda m: distance_transform_edt(m, [[1], [1, 2]]),
+            TypeError,
+            "spacing must be a number, one for each",
+        ),
+        (lambda m: sampled_distance(m), TypeError, "values has dtype bool; use one of float32, float64"),
+        (
+            lambda m: sampled_distance(np.zeros((2, 2)), np.zeros((2, 2))),
+            TypeError,
+            "sites has dtype float64; use one of uint8, bool, int32, int64",
+        ),
+        (
+            lambda m: sampled_distance(np.zeros((2, 2)), m[:1]),
+            ValueError,
+            r"sites has shape \(1, 2\), values \(2, 2\); they must be alike",
+        ),
+        (lambda m: sampled_distance(np.zeros((2, 0))), ValueError, "values has a spatial axis of size 0"),
+        (
+            lambda m: sampled_distance(np.zeros((1,) * 4)),
+            ValueError,
+            "spatial_dims must be 1, 2 or 3, got 4 for values of shape",
+        ),
+    ],
+)
+def test_errors_of_options(call: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(np.ones((2, 2), bool))
 
 
 def test_unknown_convention() -> None:

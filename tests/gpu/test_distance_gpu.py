@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from noisyseg_fast import distance_transform_edt, signed_distance_map  # noqa: E402
+from noisyseg_fast import distance_transform_edt, sampled_distance, signed_distance_map  # noqa: E402
 
 # shape, spatial axes
 CASES = [
@@ -78,6 +78,80 @@ def test_small_selection(shape, dims):
         assert_same(got, distance_transform_edt(mask, SPACING[dims], spatial_dims=dims), exact=False)
         got = signed_distance_map(mask.cuda(), spatial_dims=dims)
         assert_same(got, signed_distance_map(mask, spatial_dims=dims), exact=False)
+
+
+def assert_nearest(indices, distance, image, spacing, dims, multi_label):
+    """The indices name voxels of another label (or background), as far away as the distances say."""
+    inside = (distance > 0) & distance.isfinite()
+    assert (indices.movedim(-dims - 1, 0)[:, distance.isinf()] == -1).all()
+    places = indices.movedim(-dims - 1, 0)[:, inside].long()
+    at = inside.nonzero().T
+    scale = torch.tensor(spacing or (1.0,) * dims, dtype=torch.float64)[:, None]
+    reached = (((at[-dims:] - places) * scale) ** 2).sum(0).sqrt()
+    torch.testing.assert_close(reached, distance[inside].double(), rtol=1e-6, atol=1e-6)
+    other = image[(*at[:-dims], *places)]
+    assert ((other != image[inside]) if multi_label else other == 0).all()
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize(("shape", "dims"), CASES, ids=str)
+def test_labels_and_indices(shape, dims, multi_label):
+    g = torch.Generator().manual_seed(3)
+    for _, mask in masks(shape, dims):
+        image = mask * torch.randint(1, 4, shape, generator=g)
+        for spacing in (None, SPACING[dims]):
+            options = {"spatial_dims": dims, "multi_label": multi_label}
+            want = distance_transform_edt(image, spacing, **options)
+            got, indices = distance_transform_edt(image.cuda(), spacing, return_indices=True, **options)
+            assert_same(got, want, exact=False)
+            assert_nearest(indices.cpu(), got.cpu(), image, spacing, dims, multi_label)
+            got = distance_transform_edt(image.cuda(), spacing, border=True, dtype="float64", **options)
+            want = distance_transform_edt(image, spacing, border=True, dtype="float64", **options)
+            assert_same(got, want, exact=False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims"), [((1, 200, 300, 280), 3), ((2, 700, 900), 2), ((3, 5000), 1)], ids=str
+)
+def test_long_lines(shape, dims):
+    """Where the search gives way to the envelope."""
+    lone = torch.ones(shape, dtype=torch.bool)
+    lone[(..., *(n // 3 for n in shape[-dims:]))] = False
+    for mask in (lone, lone.logical_not(), torch.ones(shape, dtype=torch.bool)):
+        for dtype in ("float32", "float64"):
+            options = {"spatial_dims": dims, "dtype": dtype}
+            got = distance_transform_edt(mask.cuda(), squared=True, **options)
+            assert_same(got, distance_transform_edt(mask, squared=True, **options), exact=True)
+            got = signed_distance_map(mask.cuda(), SPACING[dims], convention="two_sided", **options)
+            assert_same(
+                got, signed_distance_map(mask, SPACING[dims], convention="two_sided", **options), exact=False
+            )
+
+
+@pytest.mark.parametrize(("shape", "dims"), CASES, ids=str)
+def test_sampled_distance_equals_the_cpu(shape, dims):
+    g = torch.Generator().manual_seed(4)
+    for dtype in (torch.float32, torch.float64):
+        values, weight = (torch.rand(shape, dtype=dtype, generator=g) * 50 for _ in range(2))
+        sites = torch.rand(shape, generator=g) < 0.3
+        for chosen in (None, sites):
+            results = []
+            for device in ("cpu", "cuda"):
+                x = values.to(device).requires_grad_()
+                result = sampled_distance(x, None if chosen is None else chosen.to(device), spatial_dims=dims)
+                result.where(result.isfinite(), 0).mul(weight.to(device)).sum().backward()
+                results.append((result.detach(), x.grad))
+            for cpu, cuda in zip(*results, strict=True):
+                assert_same(cuda, cpu, exact=True)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_a_map_for_each_class(convention):
+    image = torch.randint(0, 5, (70_000, 3, 4), generator=torch.Generator().manual_seed(5))
+    options = {"spatial_dims": 2, "convention": convention, "num_classes": 5, "normalize": True}
+    assert_same(
+        signed_distance_map(image.cuda(), **options), signed_distance_map(image, **options), exact=False
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int32, torch.int64], ids=str)
