@@ -94,8 +94,8 @@ void store(const Plane& plane, const Layout& layout, int64_t base, int64_t q, in
   });
 }
 
-// Asks for pixels [q, q + n), if there are so many, to be brought near: a processor's own prefetching does not
-// see far into runs of a few kilobytes of each class.
+// Asks for pixels [q, q + n), if there are so many, to be brought near: a processor's own prefetching does
+// not see far into runs of a few kilobytes of each class.
 template <bool writing>
 inline void prefetch(const Plane& plane, const Layout& layout, int64_t base, int64_t q, int n) {
   if (plane.step[2] != 1 || q + n > layout.pixels()) return;
