@@ -218,7 +218,12 @@ class _Loop:
         self.fabric = Fabric(accelerator=self.device.type, devices=devices, precision=precision)
         seed_everything(config.seed, verbose=False)
         self.method = spec.build()
-        optimizer = torch.optim.Adam(self.method.parameters(), lr=config.lr)
+        optimizer = torch.optim.Adam(self.method.trained(), lr=config.lr)
+        self.batches = -(-len(training) // config.batch_size)  # of an epoch
+        self.method.plan = methods.Plan(optimizer, config.epochs * self.batches, self.batches)
+        self.own_lr = {  # of the method's own optimisers, before any decay
+            name: [group["lr"] for group in own.param_groups] for name, own in self.method.optimizers.items()
+        }
         self.module, self.optimizer = self.fabric.setup(self.method, optimizer)
         self.module.mark_forward_method("training_step")
         self.epoch = 0  # the next to be trained
@@ -260,6 +265,7 @@ class _Loop:
         self.save(
             "last.pt",
             optimizer=self.optimizer.state_dict(),
+            optimizers={name: own.state_dict() for name, own in self.method.optimizers.items()},
             step=self.step,
             best=self.best,
             best_epoch=self.best_epoch,
@@ -283,6 +289,8 @@ class _Loop:
             raise ValueError(f"epochs must be at least {state['epoch']}, which are done already")
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for name, own in self.method.optimizers.items():
+            own.load_state_dict(state["optimizers"][name])
         self.epoch, self.step = state["epoch"], state["step"]
         self.best, self.best_epoch, self.history = state["best"], state["best_epoch"], state["history"]
         _set_random_state(state["random"])
@@ -292,9 +300,8 @@ class _Loop:
     def run(self, bars: Progress) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        batches = -(-len(self.training) // self.config.batch_size)
-        task = bars.add_task(self.config.method, total=self.config.epochs * batches, note="")
-        bars.update(task, completed=self.epoch * batches)
+        task = bars.add_task(self.config.method, total=self.config.epochs * self.batches, note="")
+        bars.update(task, completed=self.epoch * self.batches)
         log: Any = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch)
         try:
             while self.epoch < self.config.epochs:
@@ -305,23 +312,26 @@ class _Loop:
 
     def _epoch(self, bars: Progress, task: Any, log: Any) -> None:
         start, epoch, config = time.perf_counter(), self.epoch, self.config
-        rate = config.lr * (1 - epoch / config.epochs) ** 0.9
+        decay = (1 - epoch / config.epochs) ** 0.9
+        rate = config.lr * decay
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        for name, own in self.method.optimizers.items():
+            for group, first in zip(own.param_groups, self.own_lr[name], strict=True):
+                group["lr"] = first * decay
         self.module.train()
         total: dict[str, torch.Tensor] = {}
-        batches = 0
         for batch in self._batches(epoch):
             losses = self.module.training_step(batch, self.step)
             self.optimizer.zero_grad()
             self.fabric.backward(losses["loss"])
             self.optimizer.step()
+            self.method.after_step(self.step)
             for name, value in losses.items():
                 total[name] = total.get(name, 0) + value.detach()
             self.step += 1
-            batches += 1
             bars.advance(task)
-        means = {name: float(value) / batches for name, value in total.items()}
+        means = {name: float(value) / self.batches for name, value in total.items()}
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(
                 f"the training loss of epoch {epoch} is {means['loss']}; try a smaller lr"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 
 class Batch(TypedDict):
@@ -19,11 +20,23 @@ Losses = dict[str, Tensor]  # scalars; "loss" is minimised, the others are only 
 MakeNetwork = Callable[[], nn.Module]
 
 
+class Plan(NamedTuple):
+    """What a method may want to know of the run it is part of."""
+
+    optimizer: Optimizer  # the engine's, which minimises "loss" over `Method.trained()`
+    steps: int  # optimiser steps of the whole run
+    steps_per_epoch: int
+
+
 class Method(nn.Module):
-    """Base of all methods; this one trains a single network."""
+    """Base of all methods; this one trains a single network.
+
+    What must outlive an interruption is a parameter, a buffer, or the state of one of `optimizers`.
+    """
 
     name: ClassVar[str]
     Config: ClassVar[type]
+    plan: Plan  # set by the engine before the first step
 
     def __init__(self, config: Any, make_network: MakeNetwork, channels: int) -> None:
         """make_network builds the user's network; channels: its outputs, 1 (sigmoid) for two classes."""
@@ -31,10 +44,25 @@ class Method(nn.Module):
         self.config = config
         self.activation = "sigmoid" if channels == 1 else "softmax"
         self.network = make_network()
+        self.optimizers: dict[str, Optimizer] = {}  # of what the method itself steps; lr falls as the engine's
+
+    def trained(self) -> Iterator[nn.Parameter]:
+        """The parameters that the engine's optimiser trains: those that want gradients and are in none of
+        `optimizers`."""
+        own = {
+            id(p)
+            for optimizer in self.optimizers.values()
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        return (p for p in self.parameters() if p.requires_grad and id(p) not in own)
 
     def training_step(self, batch: Batch, step: int) -> Losses:
         """The losses of one batch; step counts optimiser steps from 0."""
         raise NotImplementedError
+
+    def after_step(self, step: int) -> None:
+        """Called after the optimiser's step, as for the moving average of a teacher."""
 
     def forward(self, image: Tensor) -> Tensor:
         """The logits (B, channels, *S) that are validated, tested and used for prediction."""
