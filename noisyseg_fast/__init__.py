@@ -45,11 +45,18 @@ _HOME = {
     "UncertaintyWeightedLoss": "task_losses",
     "dual_task_loss": "task_losses",
     "DualTaskLoss": "task_losses",
+    "pixel_meta_gradient": "meta",
+    "logit_jvp": "meta",
+    "ce_dual": "meta",
+    "update_vjp": "meta",
+    "head_hypergradient": "meta",
+    "unroll_reference": "meta",
 }
 _MODULES = (
     "compat",
     "distance",
     "losses",
+    "meta",
     "metrics",
     "noise",
     "reference",

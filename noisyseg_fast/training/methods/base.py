@@ -44,7 +44,9 @@ class Method(nn.Module):
         self.config = config
         self.activation = "sigmoid" if channels == 1 else "softmax"
         self.network = make_network()
-        self.optimizers: dict[str, Optimizer] = {}  # of what the method itself steps; lr falls as the engine's
+        self.optimizers: dict[
+            str, Optimizer
+        ] = {}  # of what the method itself steps; lr falls as the engine's
 
     def trained(self) -> Iterator[nn.Parameter]:
         """The parameters that the engine's optimiser trains: those that want gradients and are in none of
