@@ -45,6 +45,15 @@ _HOME = {
     "UncertaintyWeightedLoss": "task_losses",
     "dual_task_loss": "task_losses",
     "DualTaskLoss": "task_losses",
+    "ce_dual": "weight_nets",
+    "mask_net": "weight_nets",
+    "mask_net_vjp": "weight_nets",
+    "MaskNet": "weight_nets",
+    "MaskNetTheta": "weight_nets",
+    "mw_net": "weight_nets",
+    "mw_net_vjp": "weight_nets",
+    "MWNet": "weight_nets",
+    "MWNetTheta": "weight_nets",
 }
 _MODULES = (
     "compat",
@@ -56,6 +65,7 @@ _MODULES = (
     "sample",
     "task_losses",
     "training",
+    "weight_nets",
 )
 
 __all__ = ["build_info", *_HOME, *_MODULES]
