@@ -45,17 +45,33 @@ _HOME = {
     "UncertaintyWeightedLoss": "task_losses",
     "dual_task_loss": "task_losses",
     "DualTaskLoss": "task_losses",
+    "pixel_meta_gradient": "meta",
+    "logit_jvp": "meta",
+    "update_vjp": "meta",
+    "head_hypergradient": "meta",
+    "unroll_reference": "meta",
+    "ce_dual": "weight_nets",
+    "mask_net": "weight_nets",
+    "mask_net_vjp": "weight_nets",
+    "MaskNet": "weight_nets",
+    "MaskNetTheta": "weight_nets",
+    "mw_net": "weight_nets",
+    "mw_net_vjp": "weight_nets",
+    "MWNet": "weight_nets",
+    "MWNetTheta": "weight_nets",
 }
 _MODULES = (
     "compat",
     "distance",
     "losses",
+    "meta",
     "metrics",
     "noise",
     "reference",
     "sample",
     "task_losses",
     "training",
+    "weight_nets",
 )
 
 __all__ = ["build_info", *_HOME, *_MODULES]
