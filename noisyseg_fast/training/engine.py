@@ -54,6 +54,7 @@ class Config:
     options: Mapping[str, Any] = field(default_factory=dict)  # the method's, in place of its defaults
     network: str = "unet"
     width: int = 16
+    foreground: float | None = None  # share with which an untrained network begins; None: as MONAI makes it
     epochs: int = 100
     epoch_batches: int | None = None  # steps of an epoch; None: one pass over the training cases
     batch_size: int = 16
@@ -87,6 +88,8 @@ class Config:
             raise ValueError(f"meta_fraction must be at least 0 and below 1, got {self.meta_fraction}")
         if self.test_on not in ("best", "last"):
             raise ValueError(f"unknown test_on {self.test_on!r}; choose from best, last")
+        if self.foreground is not None and not 0 < self.foreground < 1:
+            raise ValueError(f"foreground must be between 0 and 1, got {self.foreground}")
         if self.train_on not in TRAIN_ON:
             raise ValueError(f"unknown train_on {self.train_on!r}; choose from {', '.join(TRAIN_ON)}")
         if not 0 < self.lr < math.inf:
@@ -293,6 +296,8 @@ class _Loop:
         self.fabric = Fabric(accelerator=self.device.type, devices=devices, precision=precision)
         seed_everything(config.seed, verbose=False)
         self.method = spec.build()
+        if config.foreground is not None:
+            networks.start_at(self.method.network, config.foreground)
         optimizer = torch.optim.Adam(self.method.trained(), lr=config.lr)
         self.batches = -(-training.items // config.batch_size)  # of an epoch
         self.method.plan = methods.Plan(optimizer, config.epochs * self.batches, self.batches)

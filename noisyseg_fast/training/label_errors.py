@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .data import Array, Case, TrainingSet
-from .methods import Batch, Method
+from .methods import Method
 
 MOST_PIXELS = 1 << 20  # that are ranked: 256 images of 64x64
 
@@ -92,12 +92,13 @@ def find(
             if i in named
         ]
     score, positive = np.concatenate(scores), np.concatenate(wrong)
-    means = [float(1 - score[p].mean()) if p.any() else float("nan") for p in (positive, ~positive)]
+    right, bad = (float(1 - score[p].mean()) if p.any() else float("nan") for p in (~positive, positive))
     result = Found(
         auroc(score, positive),
         average_precision(score, positive),
         float(positive.mean()),
-        *means,
+        bad,
+        right,
         len(chosen),
     )
     return result, pictures
@@ -107,7 +108,7 @@ def _with_meta(training: TrainingSet, item: dict[str, Any]) -> dict[str, Any]:
     return {**item, "meta": training.meta_item(item["index"])} if training.meta else item
 
 
-def _moved(batch: Any, device: torch.device) -> Batch | Any:
+def _moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, dict):
         return {key: _moved(value, device) for key, value in batch.items()}
     return batch.to(device)

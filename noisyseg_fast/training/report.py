@@ -222,11 +222,11 @@ def _side_by_side(image: Any, clean: Any, noisy: Any, wrong: Any, weight: Any) -
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 2.5 * image.shape[0] / image.shape[1]), dpi=120)
-    panels = ((image, {}), (wrong, {"vmin": 0, "vmax": 1}), (weight, {"vmin": 0, "vmax": 1}))
-    for i, (plane, limits) in enumerate(panels):
+    for i, plane in enumerate((image, wrong, weight)):
         axes = figure.add_axes((i / 3 + 0.002, 0, 1 / 3 - 0.004, 1))
         axes.set_axis_off()
-        axes.imshow(plane, cmap="gray", interpolation="nearest", **limits)
+        low, high = (0, 1) if i else (None, None)
+        axes.imshow(plane, cmap="gray", interpolation="nearest", vmin=low, vmax=high)
         for mask, colour, line in ((clean, CLEAN, "solid"), (noisy, NOISY, "dashed")):
             if i == 0 and mask.any() and not mask.all():
                 axes.contour(

@@ -21,9 +21,12 @@ class Virtual:
     # "sgd": plain, with the engine's current lr (MCPM eq. 3 and Mirikharaji et al. as printed; MW-Net.py:204-211);
     # "real": the engine's own, with its moments: the step that will in fact be made.
     virtual: str = "sgd"
+    warmup: int = 0  # steps of plain cross-entropy before any weighing; the papers have none
     recompute: bool = False  # a second forward pass, in place of the memory that the first one's graph takes
 
     def __post_init__(self) -> None:
+        if self.warmup < 0:
+            raise ValueError(f"warmup must not be negative, got {self.warmup}")
         if self.virtual not in VIRTUAL:
             raise ValueError(f"unknown virtual {self.virtual!r}; choose from {', '.join(VIRTUAL)}")
 
@@ -51,6 +54,16 @@ class Weighted(Method):
             update,
             keep_graph=keep_graph,
         )
+
+    def training_step(self, batch: Batch, step: int) -> Losses:
+        if step < self.config.warmup:
+            plain = meta.cross_entropy_map(self(batch["image"]), batch["label"]).mean()
+            return {"loss": plain}
+        return self.weighted_step(batch)
+
+    def weighted_step(self, batch: Batch) -> Losses:
+        """The losses of a step after the warm-up."""
+        raise NotImplementedError
 
     def loss_map(self, batch: Batch, ahead: meta.MetaGradient) -> Tensor:
         """L with its graph, for the real step."""
@@ -80,7 +93,7 @@ class Learned(Weighted):
         weights: Tensor = self.weigher(loss_map.detach())
         return weights
 
-    def training_step(self, batch: Batch, step: int) -> Losses:
+    def weighted_step(self, batch: Batch) -> Losses:
         ahead = self.look_ahead(batch, self.weigh, keep_graph=not self.config.recompute)
         optimizer = self.optimizers["weigher"]
         optimizer.zero_grad()

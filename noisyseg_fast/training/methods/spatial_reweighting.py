@@ -23,7 +23,7 @@ class SpatialReweighting(Weighted):
 
     Config = Config
 
-    def training_step(self, batch: Batch, step: int) -> Losses:
+    def weighted_step(self, batch: Batch) -> Losses:
         ahead = self.look_ahead(batch, None, keep_graph=not self.config.recompute)
         weights = self.weights(ahead.dR)
         return {"loss": (weights * self.loss_map(batch, ahead)).sum(), "clean_loss": ahead.meta_loss}
