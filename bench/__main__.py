@@ -1,6 +1,6 @@
 """Every operation against its peers on this machine: python -m bench
 
-Writes results.json, results.md and speedups.png. On the CPU unless a CUDA device is found and our build has its
+Writes a JSON file for each family, results.md and speedups.png. On the CPU unless a CUDA device is found and our build has its
 kernels (or --device says otherwise).
 """
 
