@@ -1,7 +1,7 @@
 """Every operation against its peers on this machine: python -m bench
 
-Writes a JSON file for each family, results.md and speedups.png. On the CPU unless a CUDA device is found and our build has its
-kernels (or --device says otherwise).
+Writes a JSON file for each family, results.md and speedups.png. On the CPU unless a CUDA device is found and our
+build has its kernels (or --device says otherwise).
 """
 
 from __future__ import annotations

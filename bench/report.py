@@ -265,9 +265,10 @@ def plot(path: Path, runs: dict[str, dict[str, Any]]) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlabel("how many times faster noisyseg-fast is (1: as fast)")
     dates = sorted({run["machine"]["date"] for run in runs.values()})
+    days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     machine = next(iter(runs.values()))["machine"]
     axes.set_title(
-        f"{machine['processor']}, {machine['threads']} CPU threads, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}",
+        f"{machine['processor']}, {machine['threads']} CPU threads, {days}",
         fontsize=10,
     )
     axes.spines[["top", "right"]].set_visible(False)

@@ -14,7 +14,6 @@ from bench import report
 from noisyseg_fast import timing
 from noisyseg_fast.timing import COPY, OURS, Case, Contender
 
-
 ROOT = Path(__file__).parents[1]
 
 
