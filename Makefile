@@ -20,7 +20,7 @@ demo: $(VENV)/.demo
 	$(bin)/noisyseg demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.test
-	PATH="$(abspath $(bin)):$$PATH" python -m pytest
+	PATH="$(abspath $(bin)):$$PATH" OMP_WAIT_POLICY=passive python -m pytest -n auto --dist loadfile
 
 bench: $(VENV)/.test
 	$(bin)/python -m bench
