@@ -246,7 +246,7 @@ def soft_average(
     kind = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else np.dtype(dtype).name
     if kind not in ("float32", "float64"):
         raise TypeError(f"dtype must be float32 or float64, got {dtype}")
-    given = None
+    host = given = None
     if weights is not None:
         host = _host(weights).astype(np.float64)
         if host.shape not in ((v.raters,), (v.batch, v.raters)):
@@ -259,6 +259,13 @@ def soft_average(
         given = _to(v.space, np.ascontiguousarray(np.broadcast_to(host, (v.batch, v.raters))))
     shape = v.size if num_classes is None else (v.classes, *v.size)
     out = _image(v.space, (v.batch, *shape), kind)
+    if v.space.dtype(annotations) in _arrays.LABELS and v.patterns <= _DIRECT:  # bytes of patterns, not doubles
+        index, _, _ = _patterns(v)
+        values = _to(v.space, _means(v, None if given is None else np.broadcast_to(host, (v.batch, v.raters))))
+        flat = out.reshape((v.batch, -1, v.pixels))
+        views = (v.space.view(x) for x in (index, values, flat))
+        _core.spread(*views, None, None, v.space.exec)
+        return v.back(out)
     _core.soft_average(
         v.view,
         v.present,
@@ -490,6 +497,20 @@ def _weighted_vote(
     if rule == 0:
         return np.where(tied, value, best).astype(np.int64)
     return np.where(most == 0, 0, best).astype(np.int64)
+
+
+def _means(v: _Votes, weights: HostArray | None) -> HostArray:
+    """Of every possible pattern: (B, patterns, channels), the sums in the raters' order."""
+    codes = np.arange(v.patterns)
+    total = np.zeros((v.batch, v.patterns, 1))
+    sums = np.zeros((v.batch, v.patterns, v.classes))
+    for m in range(v.raters):
+        digit = codes // v.base**m % v.base
+        w = np.ones((v.batch, 1, 1)) if weights is None else weights[:, m, None, None]
+        total += w * (digit < v.classes)[:, None]
+        sums += w * (digit[:, None] == np.arange(v.classes))
+    means = np.divide(sums, total, out=np.zeros_like(sums), where=total > 0)
+    return np.ascontiguousarray(means[..., 1:] if v.options[1] else means)
 
 
 # ---- arguments ------------------------------------------------------------------------------------
