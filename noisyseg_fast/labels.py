@@ -256,12 +256,13 @@ def soft_average(
             )
         if not (np.isfinite(host) & (host >= 0)).all():
             raise ValueError("weights must be finite and not negative")
-        given = _to(v.space, np.ascontiguousarray(np.broadcast_to(host, (v.batch, v.raters))))
+        host = np.broadcast_to(host, (v.batch, v.raters)).copy()
+        given = _to(v.space, host)
     shape = v.size if num_classes is None else (v.classes, *v.size)
     out = _image(v.space, (v.batch, *shape), kind)
     if v.space.dtype(annotations) in _arrays.LABELS and v.patterns <= _DIRECT:  # bytes of patterns, not doubles
         index, _, _ = _patterns(v)
-        values = _to(v.space, _means(v, None if given is None else np.broadcast_to(host, (v.batch, v.raters))))
+        values = _to(v.space, _means(v, host))
         flat = out.reshape((v.batch, -1, v.pixels))
         views = (v.space.view(x) for x in (index, values, flat))
         _core.spread(*views, None, None, v.space.exec)
@@ -606,15 +607,15 @@ def _votes(
     classes = num_classes or 2
     base, voters = classes + can_miss, raters + (fusion is not None)
     if not more and base**voters >= _MOST:
-        most = int(math.log(_MOST - 1, base)) - (fusion is not None)
+        most = next(m for m in range(64) if base ** (m + 1) >= _MOST) - (fusion is not None)
         raise ValueError(
             f"annotations have {raters} raters; with {base} possible votes (no vote included) "
             f"at most {most} are supported"
             if can_miss
             else f"annotations have {raters} raters; at most {most} are supported"
         )
-    if raters > 62:
-        raise ValueError(f"annotations have {raters} raters; at most 62 are supported")
+    if raters > 61:
+        raise ValueError(f"annotations have {raters} raters; at most 61 are supported")
     options = (classes, num_classes is None, can_miss, missing is not None, int(missing or 0))
     return _Votes(
         space,

@@ -806,9 +806,11 @@ def rater_scores(annotations: Tensor, fusion: Tensor, *, classes: int = 2) -> tu
     rows = []
     for mask in annotations:
         both = known & (mask >= 0) & (mask < classes)
+        if not both.any():
+            rows.append(torch.full((3, classes), math.nan, dtype=torch.float64))
+            continue
         of_label = [overlap_metrics(mask[both] == c, fusion[both] == c) for c in range(classes)]
-        scores = [torch.stack([x[i] for x in of_label]) for i in (2, 3, 0)]
-        rows.append(torch.stack(scores) if both.any() else torch.full((3, classes), math.nan).double())
+        rows.append(torch.stack([torch.stack([x[i] for x in of_label]) for i in (2, 3, 0)]))
     return tuple(torch.stack(rows, 1))
 
 

@@ -99,14 +99,14 @@ def numpy_of(x):
 @given(problems(), st.sampled_from(KINDS))
 def test_staple_equals_reference(problem, kind):
     masks, plain, options, classes = problem
-    found = labels.staple(as_kind(masks, kind), **options, dtype="float64")
+    found = labels.staple(as_kind(masks, kind), **options, max_iter=60, dtype="float64")
     binary = options["num_classes"] is None
     for b, one in enumerate(plain):
         one = torch.from_numpy(one)
-        posterior, theta, iterations, converged = reference.staple(one, classes=classes)
+        posterior, theta, iterations, converged = reference.staple(one, classes=classes, max_iter=60)
         got = numpy_of(found.posterior[b])
         np.testing.assert_allclose(got, posterior[1] if binary else posterior, atol=1e-9)
-        voted = ((one >= 0) & (one < classes)).flatten(1).any(1)
+        voted = ((one >= 0) & (one < classes)).flatten(1).any(1).numpy()
         np.testing.assert_allclose(numpy_of(found.performance[b])[voted], theta[voted], atol=1e-8)
         assert np.isnan(numpy_of(found.sensitivity[b])[~voted]).all()
         assert np.isfinite(numpy_of(found.sensitivity[b])[voted]).all()
@@ -116,8 +116,8 @@ def test_staple_equals_reference(problem, kind):
             np.testing.assert_allclose(numpy_of(found.specificity[b])[voted], theta[voted, 0, 0], atol=1e-8)
         assert abs(int(found.iterations[b]) - iterations) <= 1
         assert bool(found.converged[b]) == converged
-        clear = posterior.sort(0).values[-1] - posterior.sort(0).values[-2] > 1e-6
-        assert np.array_equal(numpy_of(found.labels[b])[clear], posterior.argmax(0)[clear])
+        clear = (posterior.sort(0).values[-1] - posterior.sort(0).values[-2] > 1e-6).numpy()
+        assert np.array_equal(numpy_of(found.labels[b])[clear], posterior.argmax(0).numpy()[clear])
     assert np.isfinite(numpy_of(found.posterior)).all()
     assert type(found.posterior) is type(as_kind(masks, kind))
 
@@ -368,8 +368,8 @@ def test_many_raters_and_labels_hash_their_patterns():
     assert np.array_equal(nf.majority_vote(masks, tie=1), masks.sum(0) >= 15)
     np.testing.assert_allclose(nf.soft_average(masks), masks.mean(0), atol=1e-7)
     few = raters((500,), 9, 2, 9)
-    posterior, _, _, _ = reference.staple(torch.from_numpy(few), classes=9)
-    np.testing.assert_allclose(nf.staple(few, num_classes=9).posterior, posterior, atol=1e-6)
+    posterior, _, _, _ = reference.staple(torch.from_numpy(few), classes=9, max_iter=30)
+    np.testing.assert_allclose(nf.staple(few, num_classes=9, max_iter=30).posterior, posterior, atol=1e-6)
     assert np.array_equal(nf.majority_vote(few, num_classes=9), reference.majority_vote(torch.from_numpy(few), classes=9))
 
 
@@ -420,10 +420,10 @@ def test_same_bits_with_1_and_2_threads():
         "torch.set_num_threads(int(sys.argv[1]))\n"
         "rng = np.random.default_rng(0)\n"
         "h = hashlib.sha256()\n"
-        "for shape, high in (((5, 300, 301), 2), ((3, 4, 90, 90), 2), ((9, 200, 90), 6)):\n"
+        "for shape, high in (((5, 300, 301), 2), ((3, 4, 90, 90), 2), ((9, 80, 90), 6)):\n"
         "    x = torch.from_numpy(rng.integers(0, high, shape).astype(np.uint8))\n"
         "    n = None if high == 2 else high\n"
-        "    r = nf.staple(x, num_classes=n, spatial_dims=2)\n"
+        "    r = nf.staple(x, num_classes=n, spatial_dims=2, max_iter=20)\n"
         "    parts = [*r, nf.majority_vote(x, num_classes=n, spatial_dims=2), nf.soft_average(x, num_classes=n, spatial_dims=2)]\n"
         "    parts += [nf.soft_average(x.float(), spatial_dims=2), *nf.agreement(x, num_classes=n, spatial_dims=2)]\n"
         "    for p in parts: h.update(p.contiguous().numpy().tobytes())\n"
