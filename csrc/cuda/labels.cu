@@ -76,7 +76,7 @@ __device__ inline Code code_at(const Votes& v, int64_t b, int64_t q) {
   const T* from =
       reinterpret_cast<const T*>(v.annotations.data) + b * v.annotations.batch + offset_at(at, v.annotations);
   Code code = 0, place = 1;
-#pragma unroll 4
+#pragma unroll 2
   for (int64_t m = 0; m < v.layout.channels; ++m) {
     const int digit = digit_of(v.rules, from[m * v.annotations.channel]);
     code += place * static_cast<Code>(here(v, b, m) ? digit : v.rules.classes);
@@ -96,7 +96,7 @@ __device__ inline Code code_at(const Votes& v, int64_t b, int64_t q) {
   return code;
 }
 
-__global__ void __launch_bounds__(threads) clear_counts(u64* counts, int64_t n) {
+__global__ void __launch_bounds__(threads, 2) clear_counts(u64* counts, int64_t n) {
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x; i < n;
        i += static_cast<int64_t>(gridDim.x) * threads)
     counts[i] = 0;
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(threads) clear_counts(u64* counts, int64_t n) 
 // A thread per pixel; a block counts in shared memory where the table fits. In most warps all pixels have one
 // pattern: those equal to the first lane's are counted in one addition. Reads M B, writes 1 (or 4) B per pixel.
 template <class T, class Index>
-__global__ void __launch_bounds__(threads) count_votes(Votes v, Index* index, int64_t slots, u64* counts) {
+__global__ void __launch_bounds__(threads, 2) count_votes(Votes v, Index* index, int64_t slots, u64* counts) {
   NOISYSEG_SHARED(unsigned, table);
   const bool shared = slots <= most_shared;
   const int64_t pixels = v.layout.pixels();
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(threads) count_votes(Votes v, Index* index, in
 
 // Reads M B, writes 8 B per pixel.
 template <class T>
-__global__ void __launch_bounds__(threads) write_codes(Votes v, int64_t* codes) {
+__global__ void __launch_bounds__(threads, 2) write_codes(Votes v, int64_t* codes) {
   const int64_t pixels = v.layout.pixels();
   for (int64_t b = blockIdx.y; b < v.layout.batch; b += gridDim.y)
     for (int64_t q = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x; q < pixels;
@@ -200,7 +200,7 @@ struct EmResults {
 // A block for each image, all iterations in it. E-step: a thread per pattern. M-step: a warp for each entry of
 // the raters' tables, its lanes along the patterns, so that the order of the sums is fixed. Everything is a few
 // kilobytes that stay in L1 and L2. Warfield et al., IEEE TMI 23(7), 2004.
-__global__ void __launch_bounds__(em_threads)
+__global__ void __launch_bounds__(em_threads, 1)
     fit_staple(const int64_t* keys, const int64_t* counts, int64_t slots, int raters, VoteRules rules,
                StapleOptions options, const double* prior, int64_t prior_step, char* workspace, EmResults to) {
   constexpr int warps = em_threads / 32;
@@ -303,7 +303,7 @@ __global__ void __launch_bounds__(em_threads)
 // What the table holds for each pixel's slot. Reads 1 (or 4) B, writes the result's bytes per pixel; the table
 // stays in L1.
 template <class Index, class Value, class Out>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 2)
     spread_values(const Index* index, int64_t batch, int64_t pixels, const Value* table, int64_t slots,
                   int64_t channels, Out* out) {
   for (int64_t b = blockIdx.y; b < batch; b += gridDim.y)
@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(threads)
 
 // The label of every possible pattern.
 template <class T>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 2)
     vote_on_patterns(int64_t slots, int raters, VoteRules rules, Tie tie, int64_t tie_value, T* table) {
   const int64_t s = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
   if (s < slots) table[s] = static_cast<T>(plurality(s, raters, rules, tie, tie_value));
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(threads)
 // A thread per pixel. table: from vote_on_patterns, or null for too many patterns. Reads M times, writes once
 // the annotations' bytes per pixel.
 template <class T>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 2)
     vote_on_pixels(Votes v, Tie tie, int64_t tie_value, const T* table, T* out) {
   const int64_t pixels = v.layout.pixels();
   for (int64_t b = blockIdx.y; b < v.layout.batch; b += gridDim.y)
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(threads)
 
 // A thread per pixel and channel, in double. Reads M values, writes one.
 template <class T>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 2)
     average_votes(Votes v, bool soft, const double* weights, int64_t weight_step0, int64_t weight_step1,
                   int64_t channels, Array out) {
   const int64_t pixels = v.layout.pixels();

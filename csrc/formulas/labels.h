@@ -18,7 +18,8 @@ template <class T>
 NOISYSEG_FORMULA int digit_of(const VoteRules& rules, T value) {
   const bool none = rules.has_missing & (static_cast<int64_t>(value) == rules.missing);
   if (rules.binary) return none ? 2 : value != 0;
-  const bool known = !none & (value >= T(0)) & (static_cast<int64_t>(value) < rules.classes);
+  const uint64_t label = static_cast<uint64_t>(static_cast<int64_t>(value));  // negative ones are huge
+  const bool known = !none & (label < static_cast<uint64_t>(rules.classes));
   return known ? static_cast<int>(value) : rules.classes;
 }
 
