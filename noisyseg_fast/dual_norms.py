@@ -30,7 +30,12 @@ Tensor = torch.Tensor
 
 _NORMS = ("batch", "instance", "group")
 _transforms_active = torch._C._are_functorch_transforms_active
-_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def _wrapped(t: Tensor) -> bool:
+    """Whether a transform holds t: of torch.func, or of is_grads_batched."""
+    of = torch._C._functorch
+    return of.is_functorch_wrapped_tensor(t) or of.is_legacy_batchedtensor(t)
 
 
 def norm_act(
@@ -123,9 +128,9 @@ def _check(
         raise ValueError(f"eps must be >= 0, got {eps}")
     size = list(x.shape)
     if norm == "batch" and training:
-        F._verify_batch_size(size)  # type: ignore[attr-defined]
+        F._verify_batch_size(x.shape)  # type: ignore[attr-defined]
     elif norm == "instance" and training:
-        F._verify_spatial_size(size)  # type: ignore[attr-defined]
+        F._verify_spatial_size(x.shape)  # type: ignore[attr-defined]
     elif norm == "group":
         F._verify_batch_size([size[0] * channels // groups, groups, *size[2:]])  # type: ignore[attr-defined]
 
@@ -321,7 +326,20 @@ class _Norm(_Function):
         dots = (x_dot, weight_dot, bias_dot, slope_dot)
         if all(d is None for d in dots):
             return None, None
-        return ctx.options.forward(tensors, dots, value=False, update=False)[1], None
+        return _Tangent.call(*tensors, *dots, ctx.options), None
+
+
+class _Tangent(_Function):
+    """y_dot of four tensors and their directions: a Function, so that torch.func unwraps them."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        *tensors, options = arguments
+        return options.forward(tensors[:4], tensors[4:], value=False, update=False)[1]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
 
 
 # ---- in a network ---------------------------------------------------------------------------------

