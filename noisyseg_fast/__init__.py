@@ -52,11 +52,15 @@ _HOME = {
     "UncertaintyWeightedLoss": "task_losses",
     "dual_task_loss": "task_losses",
     "DualTaskLoss": "task_losses",
+    "norm_act": "dual_norms",
+    "fuse_dual_norms": "dual_norms",
+    "unfuse_dual_norms": "dual_norms",
 }
 _MODULES = (
     "compat",
     "distance",
     "labels",
+    "dual_norms",
     "losses",
     "metrics",
     "noise",
