@@ -745,11 +745,11 @@ def _per_mask(
 
 def ce_dual(z: Tensor, zdot: Tensor, y: Tensor, activation: str | None = None) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each pixel and its derivative along zdot, as weight_nets.ce_dual."""
-    g = _per_class(z, y[:, 0] if y.shape[1:2] == (1,) and z.shape[1] > 1 else y)
+    g = _per_class(z, y[:, 0] if y.ndim == z.ndim and y.shape[1] == 1 < z.shape[1] else y)
     if (activation or ("softmax" if z.shape[1] > 1 else "sigmoid")) == "softmax":
         mean = (z.softmax(1) * zdot).sum(1, keepdim=True)
         return -(g * z.log_softmax(1)).sum(1), (g * (mean - zdot)).sum(1)
-    return (F.softplus(z) - g * z).sum(1), ((z.sigmoid() - g) * zdot).sum(1)
+    return (F.softplus(z) - g * z).mean(1), ((z.sigmoid() - g) * zdot).mean(1)
 
 
 def mask_net(loss: Tensor, theta: Sequence[Tensor]) -> Tensor:

@@ -48,7 +48,7 @@ def ce_dual(z: Any, zdot: Any, y: Any, *, activation: str | None = None) -> tupl
 
     z, zdot (B, C, *S): logits and their tangent, float16, bfloat16, float32 or float64. y: class numbers (B, *S) or
     (B, 1, *S), uint8 (the cheapest), bool, int32 or int64, or soft labels (B, C, *S). L, Ldot (B, *S), float64 if z
-    or zdot is, else float32. activation: "sigmoid" (each channel for itself, L their sum), "softmax", or None:
+    or zdot is, else float32. activation: "sigmoid" (each channel for itself, L their mean), "softmax", or None:
     sigmoid for one channel, softmax for several. L is `pixel_loss(z, y, reduction="none")`.
 
     Labels out of range raise ValueError; on CUDA, where looking would mean waiting, such pixels are NaN. Where a

@@ -116,6 +116,8 @@ struct CeDual {
         }
         add_binary(z, dz, g, np, loss, dot);
       }
+      const T share = T(1) / static_cast<T>(channels);
+      for (int i = 0; i < np; ++i) loss[i] *= share, dot[i] *= share;
     }
     if (loss == losses) store(p.loss, p.layout, b * p.loss.batch, q, n, loss);
     if (dot == dots) store(p.loss_dot, p.layout, b * p.loss_dot.batch, q, n, dot);
@@ -266,20 +268,6 @@ inline __attribute__((always_inline)) void convolve(const Tiling& t, const T* ti
     }
 }
 
-template <class T>
-struct Weights {
-  const T *w3, *b3, *w5, *b5, *w1, *b1;
-  MaskNetLayout at;
-  explicit Weights(const MaskNet& net)
-      : w3(static_cast<const T*>(net.w3.data)),
-        b3(static_cast<const T*>(net.b3.data)),
-        w5(static_cast<const T*>(net.w5.data)),
-        b5(static_cast<const T*>(net.b5.data)),
-        w1(static_cast<const T*>(net.w1.data)),
-        b1(static_cast<const T*>(net.b1.data)),
-        at(mask_net_layout(net)) {}
-};
-
 // Four channels at a time, then one by one: f(how many, first)
 template <int K>
 struct Count {
@@ -296,7 +284,7 @@ template <class T>
 struct Mask {
   static constexpr int lanes_ = width_of<T>, step = pair * lanes_;
   const Tiling t;
-  const Weights<T> net;
+  const MaskWeights<T> net;
 
   template <int N>
   inline __attribute__((always_inline)) void add_hidden(const T* tile, int z, int y, int x, const T* w,
@@ -593,20 +581,21 @@ T threshold_of(T w, T b) {
   return x == T(0) ? T(0) : x;  // -0 has another cell
 }
 
+// Whether a unit is on at the far left: w < 0 is, and of those that never switch the ones with b > 0.
+template <class T>
+bool on_at_left(T w, T b) {
+  return w < T(0) || (!(w > T(0)) && !(b <= T(0)));
+}
+
 template <class T>
 struct Mw {
-  const T *w1, *b1, *w2, *b2;
-  int64_t hidden;
-  explicit Mw(const MwNet& net)
-      : w1(static_cast<const T*>(net.w1.data)),
-        b1(static_cast<const T*>(net.b1.data)),
-        w2(static_cast<const T*>(net.w2.data)),
-        b2(static_cast<const T*>(net.b2.data)),
-        hidden(net.w1.shape[0]) {}
+  const MwWeights<T> net;
 
   void prepare(Pieces<T>& p) const {
+    const T *w1 = net.w1, *b1 = net.b1, *w2 = net.w2;
+    const int64_t hidden = net.hidden;
     const double infinity = __builtin_inf();
-    double slope = 0, intercept = static_cast<double>(b2[0]);
+    double slope = 0, intercept = static_cast<double>(net.b2[0]);
     double by_slope[most_hidden], by_intercept[most_hidden];  // what changes at each threshold
     p.count = 0;
     for (int64_t j = 0; j < hidden; ++j) {
@@ -616,9 +605,8 @@ struct Mw {
       const bool switches = p.edge[j] < infinity;
       p.count += switches;
       p.rank[j] = switches ? 0 : never;
-      // at the far left: units with w < 0 are on, and of those that never switch the ones with b > 0
-      if (switches ? w1[j] < T(0) : (w1[j] < T(0) || (!(w1[j] > T(0)) && !(b1[j] <= T(0)))))
-        slope += a, intercept += c;
+      intercept += 0 * (a + c);  // NaN spreads
+      if (on_at_left(w1[j], b1[j])) slope += a, intercept += c;
     }
     for (int64_t j = 0; j < hidden; ++j) {
       if (p.rank[j] == never) continue;
@@ -680,8 +668,8 @@ int64_t groups_of(const Layout& layout) {
 }
 
 template <class T>
-void mw_forward(const MwPlanes& p, const Mw<T>& net, Pieces<T>& pieces, const Exec& exec) {
-  net.prepare(pieces);
+void mw_forward(const MwPlanes& p, const MwWeights<T>& net, Pieces<T>& pieces, const Exec& exec) {
+  Mw<T>{net}.prepare(pieces);
   const int64_t groups = groups_of(p.layout);
   const int threads = threads_for(exec, 4 * p.layout.batch * p.layout.pixels());
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -703,9 +691,9 @@ void mw_forward(const MwPlanes& p, const Mw<T>& net, Pieces<T>& pieces, const Ex
 constexpr int copies = 4;  // of a group's sums, so that additions need not wait for each other
 
 template <class T>
-void mw_reverse(const MwPlanes& p, const Mw<T>& net, Pieces<T>& pieces, double* partial, T* grad_net,
+void mw_reverse(const MwPlanes& p, const MwWeights<T>& net, Pieces<T>& pieces, double* partial, T* grad_net,
                 const Exec& exec) {
-  net.prepare(pieces);
+  Mw<T>{net}.prepare(pieces);
   typedef double Two __attribute__((vector_size(16)));
   const int64_t groups = groups_of(p.layout), segments = pieces.count + 1;
   const int64_t size = 2 * copies * (net.hidden + 1);
@@ -743,16 +731,14 @@ void mw_reverse(const MwPlanes& p, const Mw<T>& net, Pieces<T>& pieces, double* 
   const int64_t hidden = net.hidden;
   for (int64_t j = 0; j < hidden; ++j) {
     const uint16_t rank = pieces.rank[j];
-    const double w1 = static_cast<double>(net.w1[j]), b1 = static_cast<double>(net.b1[j]);
-    const double w2 = static_cast<double>(net.w2[j]);
     double on[2];  // sums over the pixels where the unit is on
     for (int v = 0; v < 2; ++v) {
-      const bool always = w1 < 0 || (!(w1 > 0) && !(b1 <= 0));
-      on[v] = rank == never ? (always ? total[v] : 0.0) : w1 > 0 ? total[v] - below[rank][v] : below[rank][v];
+      const T w1 = net.w1[j];
+      on[v] = rank == never ? (on_at_left(w1, net.b1[j]) ? total[v] : 0.0)
+              : w1 > T(0)   ? total[v] - below[rank][v]
+                            : below[rank][v];
     }
-    grad_net[j] = static_cast<T>(w2 * on[1]);
-    grad_net[hidden + j] = static_cast<T>(w2 * on[0]);
-    grad_net[2 * hidden + j] = static_cast<T>(w1 * on[1] + b1 * on[0]);
+    mw_unit_gradient(net, j, on[0], on[1], grad_net);
   }
   grad_net[3 * hidden] = static_cast<T>(total[0]);
 }
@@ -785,17 +771,17 @@ bool ce_dual(const Array& logits, const Array& logits_dot, const Array& target, 
 void mask_net(const Array& loss, const MaskNet& net, const Array& weight, const Exec& exec) {
   if (!loss.size()) return;
   if (loss.dtype == DType::f64)
-    Mask<double>{Tiling(loss), Weights<double>(net)}.forward(volume_of(loss), volume_of(weight), exec);
+    Mask<double>{Tiling(loss), mask_weights<double>(net)}.forward(volume_of(loss), volume_of(weight), exec);
   else
-    Mask<float>{Tiling(loss), Weights<float>(net)}.forward(volume_of(loss), volume_of(weight), exec);
+    Mask<float>{Tiling(loss), mask_weights<float>(net)}.forward(volume_of(loss), volume_of(weight), exec);
 }
 
 size_t mask_net_workspace(const Array& loss, const MaskNet& net, bool attached, const Exec& exec) {
   if (loss.dtype == DType::f64) {
-    const Mask<double> mask{Tiling(loss), Weights<double>(net)};
+    const Mask<double> mask{Tiling(loss), mask_weights<double>(net)};
     return mask.workspace(attached, mask.threads(exec));
   }
-  const Mask<float> mask{Tiling(loss), Weights<float>(net)};
+  const Mask<float> mask{Tiling(loss), mask_weights<float>(net)};
   return mask.workspace(attached, mask.threads(exec));
 }
 
@@ -806,9 +792,9 @@ void mask_net_vjp(const Array& grad_weight, const Array& weight, const Array& lo
                  exec);
   };
   if (loss.dtype == DType::f64)
-    run(Mask<double>{Tiling(loss), Weights<double>(net)});
+    run(Mask<double>{Tiling(loss), mask_weights<double>(net)});
   else
-    run(Mask<float>{Tiling(loss), Weights<float>(net)});
+    run(Mask<float>{Tiling(loss), mask_weights<float>(net)});
 }
 
 size_t mw_net_workspace(const Array& loss, const MwNet& net, const Exec&) {
@@ -823,9 +809,9 @@ size_t mw_net_workspace(const Array& loss, const MwNet& net, const Exec&) {
 void mw_net(const Array& loss, const MwNet& net, const Array& weight, void* workspace, const Exec& exec) {
   const MwPlanes p = make_planes(loss, weight, Array{}, Array{});
   if (loss.dtype == DType::f64)
-    mw_forward(p, Mw<double>(net), *static_cast<Pieces<double>*>(align(workspace)), exec);
+    mw_forward(p, mw_weights<double>(net), *static_cast<Pieces<double>*>(align(workspace)), exec);
   else
-    mw_forward(p, Mw<float>(net), *static_cast<Pieces<float>*>(align(workspace)), exec);
+    mw_forward(p, mw_weights<float>(net), *static_cast<Pieces<float>*>(align(workspace)), exec);
 }
 
 void mw_net_vjp(const Array& grad_weight, const Array& weight, const Array& loss, const MwNet& net,
@@ -838,9 +824,9 @@ void mw_net_vjp(const Array& grad_weight, const Array& weight, const Array& loss
     mw_reverse(p, mw, pieces, partial, static_cast<T*>(grad_net.data), exec);
   };
   if (loss.dtype == DType::f64)
-    run(Mw<double>(net), *static_cast<Pieces<double>*>(align(workspace)));
+    run(mw_weights<double>(net), *static_cast<Pieces<double>*>(align(workspace)));
   else
-    run(Mw<float>(net), *static_cast<Pieces<float>*>(align(workspace)));
+    run(mw_weights<float>(net), *static_cast<Pieces<float>*>(align(workspace)));
 }
 
 }  // namespace noisyseg::NOISYSEG_ISA

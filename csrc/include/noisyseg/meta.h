@@ -10,7 +10,7 @@ namespace noisyseg {
 
 // loss_dot is the derivative of loss along logits_dot. logits, logits_dot (B, C, *S) floats; target (B, *S) labels
 // u8, b8, i32, i64 or one map for each class, of any type; loss, loss_dot (B, *S) f32 or f64, in which all is
-// computed. Without softmax each channel counts for itself, and the loss is their sum. Returns whether all labels
+// computed. Without softmax each channel counts for itself, and the loss is their mean. Returns whether all labels
 // are classes; on a CUDA device, where looking would mean waiting, the loss is NaN where they are not.
 bool ce_dual(const Array& logits, const Array& logits_dot, const Array& target, bool softmax,
              const Array& loss, const Array& loss_dot, const Exec& exec);
