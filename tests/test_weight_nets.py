@@ -42,7 +42,9 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def parameters(kind: str, dims: int = 2, *, widths: tuple[int, int] = (3, 5), hidden: int = 20, seed: int = 0):
+def parameters(
+    kind: str, dims: int = 2, *, widths: tuple[int, int] = (3, 5), hidden: int = 20, seed: int = 0
+):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = MaskNet(dims, widths) if kind == "mask_net" else MWNet(hidden)
@@ -92,7 +94,7 @@ def close(kind: str, dR: Tensor, L: Tensor, theta: Any) -> None:
 # ---- values and first derivatives -----------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     shape=st.one_of(
         st.tuples(st.integers(1, 3), st.integers(1, 19), st.integers(1, 140)),
@@ -106,7 +108,9 @@ def test_mask_net_is_the_composition_of_convolutions(shape, widths, seed):
     close("mask_net", dR, L, parameters("mask_net", len(shape) - 1, widths=widths, seed=seed))
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 1, 50), (2, 50, 1), (1, 2, 2), (1, 1, 1, 1), (1, 4, 1, 3), (2, 1, 9, 1)])
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 1), (1, 1, 50), (2, 50, 1), (1, 2, 2), (1, 1, 1, 1), (1, 4, 1, 3), (2, 1, 9, 1)]
+)
 def test_mask_net_on_maps_smaller_than_the_stencil(shape):
     dR, L = maps(shape)[::-1]
     close("mask_net", dR, L, parameters("mask_net", len(shape) - 1, widths=(16, 16)))
@@ -126,8 +130,9 @@ def test_mw_net_is_the_dense_perceptron(shape, hidden, seed):
 
 
 def test_large_maps_and_nets():
-    dR, L = maps((5, 70, 150))[::-1]
+    dR, L = maps((5, 31, 45))[::-1]
     close("mw_net", dR, L, parameters("mw_net", hidden=weight_nets.MOST_HIDDEN))
+    dR, L = maps((5, 70, 150))[::-1]
     close("mask_net", dR, L, parameters("mask_net", widths=(16, 33)))
 
 
@@ -213,7 +218,9 @@ def test_strides(shape, kind, how):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("kind", "shape"), [("mask_net", (9, 65, 64)), ("mask_net", (2, 17, 20, 66)), ("mw_net", (9, 65, 64))])
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("mask_net", (9, 65, 64)), ("mask_net", (2, 17, 20, 66)), ("mw_net", (9, 65, 64))]
+)
 def test_threads_do_not_change_a_bit(kind, shape, dtype):
     dR, L = (x.to(dtype) for x in maps(shape)[::-1])
     theta = [x.to(dtype) for x in parameters(kind, len(shape) - 1)]
@@ -252,7 +259,7 @@ def test_numpy_gives_numpy(kind):
 def modules() -> list[tuple[Any, tuple[int, ...]]]:
     torch.manual_seed(0)
     return [
-        (MaskNet(2, (2, 3)).double(), (2, 4, 5)),
+        (MaskNet(2, (2, 1)).double(), (2, 3, 4)),
         (MaskNet(3, 1).double(), (1, 2, 3, 2)),
         (MWNet(7).double(), (2, 3, 3)),
     ]
@@ -350,7 +357,9 @@ def test_compile(kind):
     for a, b in zip(grads, (want_L, *want_theta), strict=True):
         torch.testing.assert_close(a, b)
     tangent = torch.compile(
-        lambda L, dR: torch.func.jvp(lambda x: ours(x, theta), (L,), (dR,)), fullgraph=True, backend="aot_eager"
+        lambda L, dR: torch.func.jvp(lambda x: ours(x, theta), (L,), (dR,)),
+        fullgraph=True,
+        backend="aot_eager",
     )
     with pytest.raises(Exception, match=r"first derivatives in reverse mode only|Unsupported"):
         tangent(L.detach(), dR)
@@ -372,7 +381,9 @@ def test_initialisation_is_that_of_torch_convolutions():
 # ---- cross-entropy --------------------------------------------------------------------------------
 
 
-def ce_example(channels: int, shape: tuple[int, ...], soft: bool, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def ce_example(
+    channels: int, shape: tuple[int, ...], soft: bool, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     random = torch.Generator().manual_seed(seed)
     full = (shape[0], channels, *shape[1:])
     z, zdot = 4 * torch.randn(2, *full, generator=random, dtype=torch.float64)
@@ -409,7 +420,9 @@ def test_ce_dual_is_the_cross_entropy_and_its_derivative(
     want, want_dot = reference.ce_dual(z.double(), zdot.double(), y.double() if soft else y, kind)
 
     def loss(x: Tensor) -> Tensor:
-        return reference.pixel_loss(x, y.double() if soft else y, kind="ce", activation=kind, reduction="none")
+        return reference.pixel_loss(
+            x, y.double() if soft else y, kind="ce", activation=kind, reduction="none"
+        )
 
     by_jvp = torch.func.jvp(loss, (z.double(),), (zdot.double(),))
     torch.testing.assert_close(want, by_jvp[0])
@@ -443,7 +456,7 @@ def test_ce_dual_takes_labels_with_a_channel_and_numpy():
     z, zdot, y = ce_example(3, (2, 5, 6), False)
     want = ce_dual(z, zdot, y)
     for got in (ce_dual(z, zdot, y[:, None].int()), ce_dual(z.numpy(), zdot.numpy(), y.numpy())):
-        assert isinstance(got[0], type(z)) or isinstance(got[0], np.ndarray)
+        assert isinstance(got[0], (torch.Tensor, np.ndarray))
         for a, b in zip(got, want, strict=True):
             np.testing.assert_array_equal(np.asarray(a), b.numpy())
     assert ce_dual(z[:0], zdot[:0], y[:0])[0].shape == (0, 5, 6)
@@ -507,13 +520,21 @@ MW = MWNet(3).theta
         (lambda: ce_dual(Z[:, 0, 0, 0], Z, Y), ValueError, r"z must be \(B, C, \*S\)"),
         (lambda: ce_dual(Z.int(), Z, Y), TypeError, "z has dtype int32"),
         (lambda: ce_dual(Z, Z.int(), Y), TypeError, "zdot has dtype int32"),
-        (lambda: ce_dual(Z, Z[:1], Y), ValueError, r"zdot has shape \(1, 3, 4, 5\); it must be \(2, 3, 4, 5\)"),
+        (
+            lambda: ce_dual(Z, Z[:1], Y),
+            ValueError,
+            r"zdot has shape \(1, 3, 4, 5\); it must be \(2, 3, 4, 5\)",
+        ),
         (lambda: ce_dual(Z, Z, Y[:1]), ValueError, r"y has shape \(1, 4, 5\)"),
         (lambda: ce_dual(Z, Z, Y.float()), TypeError, "y has dtype float32 for class numbers"),
         (lambda: ce_dual(Z, Z, Y + 3), ValueError, r"y holds a label outside 0\.\.2"),
         (lambda: ce_dual(Z, Z, Y.int() - 1), ValueError, r"y holds a label outside 0\.\.2"),
         (lambda: ce_dual(Z[:, :1], Z[:, :1], Y + 2), ValueError, r"y holds a label outside 0\.\.1"),
-        (lambda: ce_dual(Z, Z, Y, activation="relu"), ValueError, "activation must be sigmoid, softmax or None"),
+        (
+            lambda: ce_dual(Z, Z, Y, activation="relu"),
+            ValueError,
+            "activation must be sigmoid, softmax or None",
+        ),
         (lambda: ce_dual(Z[:, :1], Z[:, :1], Y, activation="softmax"), ValueError, "over one channel"),
         (lambda: ce_dual(Z, Z.numpy(), Y), TypeError, "numpy"),
         (lambda: mask_net(None, MASK), TypeError, "L must be an array, not None"),
@@ -525,11 +546,19 @@ MW = MWNet(3).theta
         (lambda: mask_net(L2[0], MASK), ValueError, r"L has shape \(4, 5\); with 2-dimensional theta.w3"),
         (lambda: mask_net(L2, MASK._replace(w3=MASK.b3)), ValueError, r"theta\.w3 must be \(K, 3, 3\)"),
         (lambda: mask_net(L2, MASK._replace(w5=MASK.w5[:0])), ValueError, r"theta\.w5 must be \(K, 5, 5\)"),
-        (lambda: mask_net(L2, MASK._replace(w1=MASK.b3)), ValueError, r"theta\.w1 has shape \(2,\); it must be \(5,\)"),
+        (
+            lambda: mask_net(L2, MASK._replace(w1=MASK.b3)),
+            ValueError,
+            r"theta\.w1 has shape \(2,\); it must be \(5,\)",
+        ),
         (lambda: mask_net(L2, MASK._replace(w5=MASK.w3)), ValueError, r"theta\.w5 has shape"),
         (lambda: mask_net_vjp(L2[:1], L2, L2, MASK), ValueError, r"dR has shape \(1, 4, 5\); it must be"),
         (lambda: mask_net_vjp(L2, L2.double(), L2, MASK), TypeError, "R has dtype float64"),
-        (lambda: mw_net(L2, MW._replace(b2=MW.w1)), ValueError, r"theta\.b2 has shape \(3,\); it must be \(1,\)"),
+        (
+            lambda: mw_net(L2, MW._replace(b2=MW.w1)),
+            ValueError,
+            r"theta\.b2 has shape \(3,\); it must be \(1,\)",
+        ),
         (lambda: mw_net(L2, MW._replace(w1=torch.zeros(2000))), ValueError, r"H in 1\.\.1024"),
         (lambda: mw_net(L2.sum(), MW), ValueError, "L must have 1 to 6 axes"),
         (lambda: mw_net_vjp(L2, None, L2, MW), TypeError, "R must be an array, not None"),

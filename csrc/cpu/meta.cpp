@@ -1,8 +1,8 @@
 // The meta-gradient's pixel work on the CPU.
 //
-// Bytes per pixel, fp32: cross-entropy and its tangent 8 C + 1 (uint8 labels) read, 8 written; the weight nets 4
-// read, 4 written forward, 12 read in reverse (and 4 written for the gradient by the loss map). The hidden
-// activations never leave the L1 cache.
+// Bytes per pixel, fp32: cross-entropy and its tangent 8 C + 1 (uint8 labels) read, 8 written; the weight
+// nets 4 read, 4 written forward, 12 read in reverse (and 4 written for the gradient by the loss map). The
+// hidden activations never leave the L1 cache.
 #include "noisyseg/meta.h"
 
 #include "cpu/planes.h"
@@ -34,8 +34,8 @@ struct CeDual {
     return load(x, p.layout, b * x.batch + c * x.channel, q, n, buffer);
   }
 
-  // loss += the binary cross-entropy of z along dz, in loops of their own: a CPU looks only some forty operations
-  // ahead.
+  // loss += the binary cross-entropy of z along dz, in loops of their own: a CPU looks only some forty
+  // operations ahead.
   static void add_binary(const T* z, const T* dz, const T* g, int n, T* loss, T* dot) {
     T e[block_pixels];
 #pragma GCC ivdep
@@ -141,9 +141,10 @@ struct CeDual {
 
 // ---- the mask net ---------------------------------------------------------------------------------
 //
-// Work goes by tiles of 8 x 64 pixels (3D: 2 x 4 x 64), brought into the L1 cache with a border of 2. A hidden
-// channel's activations and slopes exist for one tile only, four channels at a time; vectors lie along x. In
-// reverse every parameter has one running sum for each lane, which go into sums in double every eight tiles.
+// Work goes by tiles of 8 x 64 pixels (3D: 2 x 4 x 64), brought into the L1 cache with a border of 2. A
+// hidden channel's activations and slopes exist for one tile only, four channels at a time; vectors lie along
+// x. In reverse every parameter has one running sum for each lane, which go into sums in double every eight
+// tiles.
 
 #if defined(__AVX512F__)
 constexpr int vector_bytes = 64;
@@ -315,7 +316,8 @@ struct Mask {
           Vector<T> logit[pair];
 #pragma GCC unroll 2
           for (int i = 0; i < pair; ++i)
-            logit[i] = net.w1[net.at.k3 + net.at.k5] * NOISYSEG_VECTOR(T, centre + x + i * lanes_) + net.b1[0];
+            logit[i] =
+                net.w1[net.at.k3 + net.at.k5] * NOISYSEG_VECTOR(T, centre + x + i * lanes_) + net.b1[0];
           add_hidden<3>(tile, z, y, x, net.w3, net.b3, net.w1, net.at.k3, net.at.taps3, logit);
           add_hidden<5>(tile, z, y, x, net.w5, net.b5, net.w1 + net.at.k3, net.at.k5, net.at.taps5, logit);
 #pragma GCC unroll 2
@@ -334,8 +336,8 @@ struct Mask {
   // What one thread works with.
   struct Scratch {
     alignas(64) T tile[most_rows * pitch];
-    alignas(64) T by_tile[most_rows * pitch];  // the gradient by `tile`
-    alignas(64) T slope[tile_pixels];          // by the logit
+    alignas(64) T by_tile[most_rows * pitch];    // the gradient by `tile`
+    alignas(64) T slope[tile_pixels];            // by the logit
     alignas(64) T hidden[4 * tile_rows * wide];  // slopes by the activations
   };
 
@@ -369,7 +371,8 @@ struct Mask {
         for (int dy = 0; dy < N; ++dy) {
           Vector<T> sum[G][N] = {};
           for (int row = 0; row < rows; ++row) {
-            const T* from = s.tile + ((row / p.ny + dz + off_z) * t.rows() + row % p.ny + dy + off) * pitch + off;
+            const T* from =
+                s.tile + ((row / p.ny + dz + off_z) * t.rows() + row % p.ny + dy + off) * pitch + off;
             const T* d = s.hidden + (g * tile_rows + row) * wide + margin;
             for (int x = 0; x < nx; x += lanes_) {
               Vector<T> slope[G];
@@ -407,8 +410,8 @@ struct Mask {
         }
   }
 
-  void reverse_tile(const Place& p, const Volume& grad, const Volume& weight, const Volume& loss, bool attached,
-                    Scratch& s, Vector<T>* sums) const {
+  void reverse_tile(const Place& p, const Volume& grad, const Volume& weight, const Volume& loss,
+                    bool attached, Scratch& s, Vector<T>* sums) const {
     const MaskNetLayout& at = net.at;
     const T own = net.w1[at.k3 + at.k5];
     load_tile(t, p, loss, s.tile);
@@ -432,18 +435,19 @@ struct Mask {
       }
     }
     in_groups(at.k3, [&](auto count, int64_t k) {
-      group<3, decltype(count)::value>(p, s, attached, net.w3 + k * at.taps3, net.b3 + k, net.w1 + k, at.taps3,
-                                       sums + at.w3 + k * at.taps3, sums + at.b3 + k, sums + at.w1 + k);
+      group<3, decltype(count)::value>(p, s, attached, net.w3 + k * at.taps3, net.b3 + k, net.w1 + k,
+                                       at.taps3, sums + at.w3 + k * at.taps3, sums + at.b3 + k,
+                                       sums + at.w1 + k);
     });
     in_groups(at.k5, [&](auto count, int64_t k) {
-      group<5, decltype(count)::value>(p, s, attached, net.w5 + k * at.taps5, net.b5 + k,
-                                       net.w1 + at.k3 + k, at.taps5, sums + at.w5 + k * at.taps5,
-                                       sums + at.b5 + k, sums + at.w1 + at.k3 + k);
+      group<5, decltype(count)::value>(p, s, attached, net.w5 + k * at.taps5, net.b5 + k, net.w1 + at.k3 + k,
+                                       at.taps5, sums + at.w5 + k * at.taps5, sums + at.b5 + k,
+                                       sums + at.w1 + at.k3 + k);
     });
   }
 
-  // Workspace: partial sums (items, parameters) in double, running sums (threads, parameters) in vectors, and if
-  // attached the gradient by each tile with its border.
+  // Workspace: partial sums (items, parameters) in double, running sums (threads, parameters) in vectors, and
+  // if attached the gradient by each tile with its border.
   int64_t partial_bytes() const { return aligned(t.items() * net.at.size * 8); }
   int64_t running_bytes() const { return aligned(net.at.size * vector_bytes); }
   int64_t tile_values() const { return t.padded_rows() * pitch; }
@@ -513,7 +517,8 @@ struct Mask {
         for (int ny = -1; ny <= 1; ++ny)
           for (int nx = -1; nx <= 1; ++nx) {
             const int64_t tz = p.z / t.tz + nz, ty = p.y / t.ty + ny, tx = p.x / tile_x + nx;
-            if (tz < 0 || tz >= t.count[0] || ty < 0 || ty >= t.count[1] || tx < 0 || tx >= t.count[2]) continue;
+            if (tz < 0 || tz >= t.count[0] || ty < 0 || ty >= t.count[1] || tx < 0 || tx >= t.count[2])
+              continue;
             // where this row lies in the neighbour, its border included
             const int from_z = z - nz * t.tz + t.border_z(), from_y = y - ny * t.ty + border;
             if (from_z < 0 || from_z >= t.planes() || from_y < 0 || from_y >= t.rows()) continue;
@@ -531,10 +536,10 @@ struct Mask {
 
 // ---- the pixel-wise MWNet -------------------------------------------------------------------------
 //
-// An MLP of one number is piecewise linear before its sigmoid: sorted by the thresholds where the H units switch,
-// every segment has one slope and one intercept. So a pixel costs one look-up instead of H units, and reverse
-// needs only each segment's sums of s and s L, of which the units' gradients are partial sums: the same numbers
-// but for the order of additions.
+// An MLP of one number is piecewise linear before its sigmoid: sorted by the thresholds where the H units
+// switch, every segment has one slope and one intercept. So a pixel costs one look-up instead of H units, and
+// reverse needs only each segment's sums of s and s L, of which the units' gradients are partial sums: the
+// same numbers but for the order of additions.
 
 constexpr int cells_of_half = 448;  // 28 binary orders of magnitude, 16 cells each
 constexpr int cells = 2 * cells_of_half;
@@ -542,16 +547,17 @@ constexpr int64_t most_groups = 256;
 
 template <class T>
 struct Pieces {
-  T threshold[most_hidden + 1];  // of the units that switch, ascending, then infinity
+  T threshold[most_hidden + 1];                          // of the units that switch, ascending, then infinity
   T slope[most_hidden + 1], intercept[most_hidden + 1];  // of the segment below each threshold
-  double edge[most_hidden];     // unsorted, as the doubles that compare alike
-  uint16_t rank[most_hidden];   // of each unit's threshold; `never` for one that does not switch
-  uint16_t start[cells];        // thresholds in all cells before this one
-  int count, steps;             // thresholds; the most of them in one cell
+  double edge[most_hidden];                              // unsorted, as the doubles that compare alike
+  uint16_t rank[most_hidden];  // of each unit's threshold; `never` for one that does not switch
+  uint16_t start[cells];       // thresholds in all cells before this one
+  int count, steps;            // thresholds; the most of them in one cell
 };
 constexpr uint16_t never = 0xffff;
 
-// Cells that follow the numbers' own spacing: sixteen for each power of two from 2^-20 to 2^8, of either sign.
+// Cells that follow the numbers' own spacing: sixteen for each power of two from 2^-20 to 2^8, of either
+// sign.
 inline int cell_of(float x) {
   const int32_t bits = float_to_bits(x);
   int32_t at = ((bits & 0x7fffffff) >> 19) - ((127 - 20) << 4);
@@ -569,9 +575,10 @@ template <class T>
 T threshold_of(T w, T b) {
   const T infinity = static_cast<T>(__builtin_inf());
   const auto above = [&](T x) {  // whether x belongs to the segment above the threshold; the sign is exact
-    const double sum = sizeof(T) == 4 ? static_cast<double>(w) * static_cast<double>(x) + static_cast<double>(b)
-                                      : __builtin_fma(static_cast<double>(w), static_cast<double>(x),
-                                                      static_cast<double>(b));
+    const double sum =
+        sizeof(T) == 4
+            ? static_cast<double>(w) * static_cast<double>(x) + static_cast<double>(b)
+            : __builtin_fma(static_cast<double>(w), static_cast<double>(x), static_cast<double>(b));
     return w > T(0) ? sum > 0 : !(sum > 0);
   };
   T x = -b / w;
@@ -743,7 +750,8 @@ void mw_reverse(const MwPlanes& p, const MwWeights<T>& net, Pieces<T>& pieces, d
   grad_net[3 * hidden] = static_cast<T>(total[0]);
 }
 
-MwPlanes make_planes(const Array& loss, const Array& weight, const Array& grad_weight, const Array& grad_loss) {
+MwPlanes make_planes(const Array& loss, const Array& weight, const Array& grad_weight,
+                     const Array& grad_loss) {
   const Array arrays[4] = {loss, weight, grad_weight, grad_loss};
   Plane planes[4];
   MwPlanes p;
@@ -798,7 +806,8 @@ void mask_net_vjp(const Array& grad_weight, const Array& weight, const Array& lo
 }
 
 size_t mw_net_workspace(const Array& loss, const MwNet& net, const Exec&) {
-  const int64_t pieces = static_cast<int64_t>(loss.dtype == DType::f64 ? sizeof(Pieces<double>) : sizeof(Pieces<float>));
+  const int64_t pieces =
+      static_cast<int64_t>(loss.dtype == DType::f64 ? sizeof(Pieces<double>) : sizeof(Pieces<float>));
   int64_t pixels = 1;
   for (int i = 2; i < loss.rank; ++i) pixels *= loss.shape[i];
   const int64_t items = loss.shape[0] * ((pixels + chunk_pixels - 1) / chunk_pixels);
@@ -819,8 +828,8 @@ void mw_net_vjp(const Array& grad_weight, const Array& weight, const Array& loss
   const MwPlanes p = make_planes(loss, weight, grad_weight, grad_loss);
   const auto run = [&](const auto& mw, auto& pieces) {
     using T = decltype(pieces.slope[0] + pieces.slope[0]);
-    double* partial =
-        reinterpret_cast<double*>(reinterpret_cast<char*>(&pieces) + aligned(static_cast<int64_t>(sizeof pieces)));
+    double* partial = reinterpret_cast<double*>(reinterpret_cast<char*>(&pieces) +
+                                                aligned(static_cast<int64_t>(sizeof pieces)));
     mw_reverse(p, mw, pieces, partial, static_cast<T*>(grad_net.data), exec);
   };
   if (loss.dtype == DType::f64)
@@ -835,8 +844,7 @@ NOISYSEG_API(bool, ce_dual,
              (const Array& logits, const Array& logits_dot, const Array& target, bool softmax,
               const Array& loss, const Array& loss_dot, const Exec& exec),
              (logits, logits_dot, target, softmax, loss, loss_dot, exec))
-NOISYSEG_API(void, mask_net,
-             (const Array& loss, const MaskNet& net, const Array& weight, const Exec& exec),
+NOISYSEG_API(void, mask_net, (const Array& loss, const MaskNet& net, const Array& weight, const Exec& exec),
              (loss, net, weight, exec))
 NOISYSEG_API(size_t, mask_net_workspace,
              (const Array& loss, const MaskNet& net, bool attached, const Exec& exec),

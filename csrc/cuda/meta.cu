@@ -1,7 +1,7 @@
 // The meta-gradient's pixel work on CUDA. No kernel synchronises with the host.
 //
-// Bytes per pixel, fp32: cross-entropy and its tangent 8 C + 1 (uint8 labels) read, 8 written; the weight nets 4
-// read, 4 written forward, 12 read in reverse. Hidden activations stay in registers and shared memory.
+// Bytes per pixel, fp32: cross-entropy and its tangent 8 C + 1 (uint8 labels) read, 8 written; the weight
+// nets 4 read, 4 written forward, 12 read in reverse. Hidden activations stay in registers and shared memory.
 #include "cuda/planes.cuh"
 #include "formulas/meta.h"
 
@@ -96,9 +96,9 @@ __global__ void __launch_bounds__(block_threads, 1) ce_dual_map(CePlanes in, int
 
 // ---- the mask net ---------------------------------------------------------------------------------
 //
-// A block's tile is 32 x 8 pixels (3D: 16 x 4 x 4), one for each thread, with its border in shared memory; hidden
-// channels come in groups of four, whose weights lie side by side in shared memory: one load serves four
-// multiply-adds.
+// A block's tile is 32 x 8 pixels (3D: 16 x 4 x 4), one for each thread, with its border in shared memory;
+// hidden channels come in groups of four, whose weights lie side by side in shared memory: one load serves
+// four multiply-adds.
 
 template <bool deep>
 struct Box {
@@ -106,8 +106,11 @@ struct Box {
 };
 template <bool deep, int border>
 struct Bordered {  // a tile with a border
-  static constexpr int row = Box<deep>::x + 2 * border, rows = Box<deep>::y + 2 * border;
-  static constexpr int planes = Box<deep>::z + (deep ? 2 * border : 0), size = row * rows * planes;
+  enum : int {     // constants that nvcc does not miss where one is not used
+    row = Box<deep>::x + 2 * border,
+    rows = Box<deep>::y + 2 * border,
+    size = row * rows * (Box<deep>::z + (deep ? 2 * border : 0))
+  };
 };
 template <int N, bool deep>
 constexpr int taps_of = deep ? N * N * N : N * N;
@@ -162,9 +165,11 @@ __device__ inline void load_tile(const Extent& e, const Volume& map, const Corne
   }
 }
 
-// G channels from `first` on: weights [tap][G], then biases and output weights; zeros behind the last channel.
+// G channels from `first` on: weights [tap][G], then biases and output weights; zeros behind the last
+// channel.
 template <int taps, int G, class T>
-__device__ inline void load_group(const T* w, const T* b, const T* w1, int64_t first, int64_t channels, T* out) {
+__device__ inline void load_group(const T* w, const T* b, const T* w1, int64_t first, int64_t channels,
+                                  T* out) {
   for (int i = threadIdx.x; i < (taps + 2) * G; i += block_threads) {
     const int tap = i / G;
     const int64_t k = first + i % G;
@@ -173,7 +178,8 @@ __device__ inline void load_group(const T* w, const T* b, const T* w1, int64_t f
   }
 }
 
-// The N-wide convolution before its ReLU. tile: where the stencil's first tap lies, in a tile with this border.
+// The N-wide convolution before its ReLU. tile: where the stencil's first tap lies, in a tile with this
+// border.
 template <int N, bool deep, int border, int G, class T>
 __device__ inline void convolve(const T* tile, const T* w, T* sum) {
   using B = Bordered<deep, border>;
@@ -202,8 +208,8 @@ __device__ inline int stencil_of(int i) {
 constexpr int group = 4;
 
 template <int N, bool deep, class T>
-__device__ inline void add_hidden(const T* tile, const T* w, const T* b, const T* w1, int64_t channels, T* weights,
-                                  T& logit) {
+__device__ inline void add_hidden(const T* tile, const T* w, const T* b, const T* w1, int64_t channels,
+                                  T* weights, T& logit) {
   constexpr int taps = taps_of<N, deep>;
   for (int64_t k = 0; k < channels; k += group) {
     __syncthreads();  // the group before may still be read
@@ -241,8 +247,9 @@ __device__ inline T slope_at(const Extent& e, const Volume& grad, const Volume& 
   return by_logit(at<T>(grad, p.b, p.z, p.y, p.x), at<T>(weight, p.b, p.z, p.y, p.x));
 }
 
-// Partial sums (parts, parameters) of one convolution's parameters. Grid (parts, groups). First each thread has a
-// pixel and computes its four slopes, which go to shared memory; then it has a tap and a share of the pixels.
+// Partial sums (parts, parameters) of one convolution's parameters. Grid (parts, groups). First each thread
+// has a pixel and computes its four slopes, which go to shared memory; then it has a tap and a share of the
+// pixels.
 template <int N, bool deep, class T>
 __global__ void __launch_bounds__(block_threads, 1)
     mask_net_parts(Tiles t, Volume grad, Volume weight, Volume loss, MaskWeights<T> net, double* partial) {
@@ -328,12 +335,12 @@ __global__ void __launch_bounds__(block_threads) mask_net_sums(const double* par
   if (threadIdx.x == 0) out[blockIdx.x] = static_cast<T>(total);
 }
 
-// Adds one convolution's part of the gradient by L: the slopes of the tile and a border of 2, computed again, then
-// the convolution turned round.
+// Adds one convolution's part of the gradient by L: the slopes of the tile and a border of 2, computed again,
+// then the convolution turned round.
 template <int N, int G, bool deep, class T>
 __device__ inline void add_by_loss(const Tiles& t, const Corner& c, const Volume& grad, const Volume& weight,
-                                   const T* tile, const T* w, const T* b, const T* w1, int64_t channels, T* weights,
-                                   T* slopes, T& out) {
+                                   const T* tile, const T* w, const T* b, const T* w1, int64_t channels,
+                                   T* weights, T* slopes, T& out) {
   using B = Bordered<deep, 2>;
   using W = Bordered<deep, 4>;
   constexpr int taps = taps_of<N, deep>, off = 2 - N / 2, off_z = deep ? off : 0, n_z = deep ? N : 1;
@@ -348,8 +355,7 @@ __device__ inline void add_by_loss(const Tiles& t, const Corner& c, const Volume
       T h[G];
       convolve<N, deep, 4, G>(tile + from, weights, h);
 #pragma unroll
-      for (int k = 0; k < G; ++k)
-        slopes[i * G + k] = h[k] <= T(0) ? T(0) : s * weights[(taps + 1) * G + k];
+      for (int k = 0; k < G; ++k) slopes[i * G + k] = h[k] <= T(0) ? T(0) : s * weights[(taps + 1) * G + k];
     }
     __syncthreads();
     const T* mine = slopes + stencil_of<N, deep, 2>(threadIdx.x) * G;
@@ -376,7 +382,8 @@ __global__ void __launch_bounds__(block_threads, 1)
     load_tile<deep, 4>(t.extent, loss, c, tile);
     const Corner p = place_of<deep, 0>(c, threadIdx.x);
     T out = net.w1[net.at.k3 + net.at.k5] * slope_at<T>(t.extent, grad, weight, p);
-    add_by_loss<3, G, deep>(t, c, grad, weight, tile, net.w3, net.b3, net.w1, net.at.k3, weights, slopes, out);
+    add_by_loss<3, G, deep>(t, c, grad, weight, tile, net.w3, net.b3, net.w1, net.at.k3, weights, slopes,
+                            out);
     add_by_loss<5, G, deep>(t, c, grad, weight, tile, net.w5, net.b5, net.w1 + net.at.k3, net.at.k5, weights,
                             slopes, out);
     if (inside(t.extent, p.z, p.y, p.x)) at<T>(grad_loss, p.b, p.z, p.y, p.x) = out;
@@ -395,7 +402,8 @@ struct MwPlanes {
 NOISYSEG_FORMULA float fused(float a, float b, float c) { return fmaf(a, b, c); }
 NOISYSEG_FORMULA double fused(double a, double b, double c) { return fma(a, b, c); }
 
-// R, or with `reverse` the gradient by L. Grid: blocks that walk over the tiles; dynamic shared memory: w1, b1, w2.
+// R, or with `reverse` the gradient by L. Grid: blocks that walk over the tiles; dynamic shared memory: w1,
+// b1, w2.
 template <bool reverse, class T>
 __global__ void __launch_bounds__(block_threads, 1)
     mw_net_map(MwPlanes in, MwWeights<T> net, int64_t tiles_of_image) {
@@ -443,7 +451,8 @@ __global__ void __launch_bounds__(block_threads, 1)
   __shared__ T losses[block_threads], slopes[block_threads];
   __shared__ double shares[2 * block_threads];
   const int first = static_cast<int>(blockIdx.y) * block_threads;
-  const int left = static_cast<int>(net.hidden) + 1 - first, units = left < block_threads ? left : block_threads;
+  const int left = static_cast<int>(net.hidden) + 1 - first,
+            units = left < block_threads ? left : block_threads;
   const int split = block_threads / units, me = threadIdx.x, unit = me % units, share = me / units;
   const bool always = first + unit == net.hidden;
   const T w1 = always ? T(0) : net.w1[first + unit], b1 = always ? T(1) : net.b1[first + unit];
@@ -513,11 +522,12 @@ void reverse_mask(const Array& grad_weight, const Array& weight, const Array& lo
   const MaskWeights<T> w = mask_weights<T>(net);
   const Volume g = volume_of(grad_weight), r = volume_of(weight), l = volume_of(loss);
   const int64_t parts = parts_of(t.all());
-  NOISYSEG_LAUNCH((mask_net_parts<3, deep, T>), grid_of(parts, (w.at.k3 + group - 1) / group), block_threads, 0,
-                  exec, t, g, r, l, w, partial);
-  NOISYSEG_LAUNCH((mask_net_parts<5, deep, T>), grid_of(parts, (w.at.k5 + group - 1) / group), block_threads, 0,
-                  exec, t, g, r, l, w, partial);
-  NOISYSEG_LAUNCH((mask_net_rest<deep, T>), grid_of(parts), block_threads, 0, exec, t, g, r, l, w.at, partial);
+  NOISYSEG_LAUNCH((mask_net_parts<3, deep, T>), grid_of(parts, (w.at.k3 + group - 1) / group), block_threads,
+                  0, exec, t, g, r, l, w, partial);
+  NOISYSEG_LAUNCH((mask_net_parts<5, deep, T>), grid_of(parts, (w.at.k5 + group - 1) / group), block_threads,
+                  0, exec, t, g, r, l, w, partial);
+  NOISYSEG_LAUNCH((mask_net_rest<deep, T>), grid_of(parts), block_threads, 0, exec, t, g, r, l, w.at,
+                  partial);
   NOISYSEG_LAUNCH((mask_net_sums<T>), grid_of(w.at.size), block_threads, 0, exec, partial, parts,
                   static_cast<T*>(grad_net.data));
   if (grad_loss.rank && t.all())
@@ -525,7 +535,8 @@ void reverse_mask(const Array& grad_weight, const Array& weight, const Array& lo
                     volume_of(grad_loss));
 }
 
-MwPlanes make_planes(const Array& loss, const Array& weight, const Array& grad_weight, const Array& grad_loss) {
+MwPlanes make_planes(const Array& loss, const Array& weight, const Array& grad_weight,
+                     const Array& grad_loss) {
   const Array arrays[4] = {loss, weight, grad_weight, grad_loss};
   Plane planes[4];
   MwPlanes p;
@@ -545,8 +556,8 @@ void reverse_mw(const MwPlanes& p, const MwWeights<T>& net, const Array& grad_ne
                 const Exec& exec) {
   const int64_t tiles = (p.layout.pixels() + block_threads - 1) / block_threads;
   const int64_t parts = parts_of(p.layout.batch * tiles);
-  NOISYSEG_LAUNCH((mw_net_parts<T>), grid_of(parts, (net.hidden + block_threads) / block_threads), block_threads,
-                  0, exec, p, net, tiles, partial);
+  NOISYSEG_LAUNCH((mw_net_parts<T>), grid_of(parts, (net.hidden + block_threads) / block_threads),
+                  block_threads, 0, exec, p, net, tiles, partial);
   NOISYSEG_LAUNCH((mw_net_sums<T>), grid_of(net.hidden + 1), block_threads, 0, exec, partial, parts, net,
                   static_cast<T*>(grad_net.data));
   if (p.grad_loss) map_mw<true>(p, net, exec);
@@ -568,7 +579,8 @@ bool ce_dual(const Array& logits, const Array& logits_dot, const Array& target, 
   if (!loss.size()) return true;
   const DeviceGuard guard(exec.device);
   const bool fp64 = loss.dtype == DType::f64;
-  const int64_t tiles = fp64 ? tiles_of_image<double>(p.layout.pixels()) : tiles_of_image<float>(p.layout.pixels());
+  const int64_t tiles =
+      fp64 ? tiles_of_image<double>(p.layout.pixels()) : tiles_of_image<float>(p.layout.pixels());
   const dim3 grid = grid_of(p.layout.batch * tiles);
   if (fp64)
     NOISYSEG_LAUNCH((ce_dual_map<double>), grid, block_threads, 0, exec, p, tiles);
@@ -578,13 +590,17 @@ bool ce_dual(const Array& logits, const Array& logits_dot, const Array& target, 
 }
 
 // CASE(deep, T) for a map's axes and type.
-#define NOISYSEG_MAP_CASES(map, CASE)            \
-  if ((map).dtype == DType::f64) {               \
-    if ((map).rank == 4) CASE(true, double)      \
-    else CASE(false, double)                     \
-  } else {                                       \
-    if ((map).rank == 4) CASE(true, float)       \
-    else CASE(false, float)                      \
+#define NOISYSEG_MAP_CASES(map, CASE) \
+  if ((map).dtype == DType::f64) {    \
+    if ((map).rank == 4)              \
+      CASE(true, double)              \
+    else                              \
+      CASE(false, double)             \
+  } else {                            \
+    if ((map).rank == 4)              \
+      CASE(true, float)               \
+    else                              \
+      CASE(false, float)              \
   }
 
 void mask_net(const Array& loss, const MaskNet& net, const Array& weight, const Exec& exec) {
@@ -605,7 +621,8 @@ void mask_net_vjp(const Array& grad_weight, const Array& weight, const Array& lo
                   const Array& grad_net, const Array& grad_loss, void* workspace, const Exec& exec) {
   const DeviceGuard guard(exec.device);
   double* partial = static_cast<double*>(workspace);
-#define CASE(deep, T) reverse_mask<deep, T>(grad_weight, weight, loss, net, grad_net, grad_loss, partial, exec);
+#define CASE(deep, T) \
+  reverse_mask<deep, T>(grad_weight, weight, loss, net, grad_net, grad_loss, partial, exec);
   NOISYSEG_MAP_CASES(loss, CASE)
 #undef CASE
 }

@@ -11,7 +11,8 @@ struct LossDot {
   T loss, dot;
 };
 
-// softplus(z) - g z and (sigmoid(z) - g) dz, for labels g in [0, 1]; e = e^-|z|. No cancellation at either end.
+// softplus(z) - g z and (sigmoid(z) - g) dz, for labels g in [0, 1]; e = e^-|z|. No cancellation at either
+// end.
 template <class T>
 NOISYSEG_FORMULA LossDot<T> binary_ce_dual(T z, T dz, T g, T e) {
   const T large = T(1) / (T(1) + e), small = e * large;
@@ -79,8 +80,8 @@ NOISYSEG_FORMULA MwWeights<T> mw_weights(const MwNet& net) {
   const auto of = [](const Array& a) { return static_cast<const T*>(a.data); };
   return {of(net.w1), of(net.b1), of(net.w2), of(net.b2), net.w1.shape[0]};
 }
-// The gradient of unit j's parameters from the sums of s and s L over the pixels where it is on, s the gradient
-// by the logit: grad (w1, b1, w2), H numbers each.
+// The gradient of unit j's parameters from the sums of s and s L over the pixels where it is on, s the
+// gradient by the logit: grad (w1, b1, w2), H numbers each.
 template <class T>
 NOISYSEG_FORMULA void mw_unit_gradient(const MwWeights<T>& net, int64_t j, double s, double s_loss, T* grad) {
   const double w1 = static_cast<double>(net.w1[j]), b1 = static_cast<double>(net.b1[j]);

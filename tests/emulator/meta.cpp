@@ -1,19 +1,20 @@
-// The CUDA kernels of the meta-gradient, emulated, against the CPU's: random draws of shapes, layouts and types.
+// The CUDA kernels of the meta-gradient, emulated, against the CPU's: random draws of shapes, layouts and
+// types.
 #include "noisyseg/meta.h"
 
 #include "tensors.h"
 
-#define DECLARE(space)                                                                                        \
-  namespace noisyseg::space {                                                                                 \
-  bool ce_dual(const Array&, const Array&, const Array&, bool, const Array&, const Array&, const Exec&);      \
-  void mask_net(const Array&, const MaskNet&, const Array&, const Exec&);                                     \
-  size_t mask_net_workspace(const Array&, const MaskNet&, bool, const Exec&);                                 \
-  void mask_net_vjp(const Array&, const Array&, const Array&, const MaskNet&, const Array&, const Array&,     \
-                    void*, const Exec&);                                                                      \
-  size_t mw_net_workspace(const Array&, const MwNet&, const Exec&);                                           \
-  void mw_net(const Array&, const MwNet&, const Array&, void*, const Exec&);                                  \
-  void mw_net_vjp(const Array&, const Array&, const Array&, const MwNet&, const Array&, const Array&, void*,  \
-                  const Exec&);                                                                               \
+#define DECLARE(space)                                                                                       \
+  namespace noisyseg::space {                                                                                \
+  bool ce_dual(const Array&, const Array&, const Array&, bool, const Array&, const Array&, const Exec&);     \
+  void mask_net(const Array&, const MaskNet&, const Array&, const Exec&);                                    \
+  size_t mask_net_workspace(const Array&, const MaskNet&, bool, const Exec&);                                \
+  void mask_net_vjp(const Array&, const Array&, const Array&, const MaskNet&, const Array&, const Array&,    \
+                    void*, const Exec&);                                                                     \
+  size_t mw_net_workspace(const Array&, const MwNet&, const Exec&);                                          \
+  void mw_net(const Array&, const MwNet&, const Array&, void*, const Exec&);                                 \
+  void mw_net_vjp(const Array&, const Array&, const Array&, const MwNet&, const Array&, const Array&, void*, \
+                  const Exec&);                                                                              \
   }
 DECLARE(cpu)
 DECLARE(cuda)
@@ -44,19 +45,22 @@ void cross_entropy(const Shape& shape, int labels) {
   const int64_t classes = shape[1] == 1 ? 2 : shape[1];
   const bool softmax = shape[1] > 1 && pick(4);
   Tensor z = random_tensor(shape, dtype, order, -6, 6), dot = random_tensor(shape, dot_dtype, order, -1, 1);
-  Tensor y(labels == 2 ? shape : pixels, labels == 2 ? pick(floats) : pick({DType::u8, DType::i32, DType::i64}),
+  Tensor y(labels == 2 ? shape : pixels,
+           labels == 2 ? pick(floats) : pick({DType::u8, DType::i32, DType::i64}),
            labels == 2 ? order : Order::contiguous);
   fill(y, rank, [&](int64_t pixel, int64_t) {
-    return labels == 2 ? uniform() : static_cast<double>(labels == 1 && pixel % 5 == 0 ? classes : pick(classes));
+    return labels == 2 ? uniform()
+                       : static_cast<double>(labels == 1 && pixel % 5 == 0 ? classes : pick(classes));
   });
   const std::string name = "cross-entropy" + text(shape) + ", labels " + std::to_string(labels);
   Tensor loss[3], loss_dot[3];
   for (int run = 0; run < 3; ++run) {
     loss[run] = Tensor(pixels, wide), loss_dot[run] = Tensor(pixels, wide);
-    const bool good = (run ? cuda::ce_dual : cpu::ce_dual)(z.array(), dot.array(), y.array(), softmax,
-                                                           loss[run].array(), loss_dot[run].array(),
-                                                           run ? device : host);
-    if (!run && good == (labels == 1 && loss[run].view.size() > 0)) fail(name, "the CPU misjudges the labels");
+    const bool good =
+        (run ? cuda::ce_dual : cpu::ce_dual)(z.array(), dot.array(), y.array(), softmax, loss[run].array(),
+                                             loss_dot[run].array(), run ? device : host);
+    if (!run && good == (labels == 1 && loss[run].view.size() > 0))
+      fail(name, "the CPU misjudges the labels");
   }
   if (labels == 1) {
     const std::vector<double> a = loss[1].values();
@@ -71,8 +75,8 @@ void cross_entropy(const Shape& shape, int labels) {
 
 // forward(gpu, L, R, exec) and reverse(gpu, dR, R, L, by the parameters, by L, exec): CPU once, CUDA twice
 template <class Forward, class Reverse>
-void check(const std::string& name, const Shape& shape, DType dtype, int64_t parameters, const Forward& forward,
-           const Reverse& reverse) {
+void check(const std::string& name, const Shape& shape, DType dtype, int64_t parameters,
+           const Forward& forward, const Reverse& reverse) {
   const Order order = pick({Order::contiguous, Order::strided});
   Tensor loss = random_tensor(shape, dtype, order, -1, 4), grad = random_tensor(shape, dtype, order, -1, 1);
   const std::vector<unsigned char> before = loss.bytes;
@@ -84,14 +88,15 @@ void check(const std::string& name, const Shape& shape, DType dtype, int64_t par
     by_net[run] = Tensor({parameters}, dtype);
     if (attached) by_loss[run] = Tensor(shape, dtype, Order::strided);
     forward(run > 0, loss.array(), weight[run].array(), exec);
-    reverse(run > 0, grad.array(), weight[run].array(), loss.array(), by_net[run].array(), by_loss[run].array(),
-            exec);
+    reverse(run > 0, grad.array(), weight[run].array(), loss.array(), by_net[run].array(),
+            by_loss[run].array(), exec);
   }
   if (loss.bytes != before) fail(name, "an input was written to");
   compare(name, "the weight", weight[0], weight[1], tolerance_of(dtype));
   compare(name, "the parameters' gradient", by_net[0], by_net[1], 4 * tolerance_of(dtype));
   compare(name, "the gradient by the loss", by_loss[0], by_loss[1], tolerance_of(dtype));
-  if (by_net[1].bytes != by_net[2].bytes || by_loss[1].bytes != by_loss[2].bytes) fail(name, "two runs differ");
+  if (by_net[1].bytes != by_net[2].bytes || by_loss[1].bytes != by_loss[2].bytes)
+    fail(name, "two runs differ");
 }
 
 void mask(const Shape& shape, int64_t k3, int64_t k5) {
