@@ -951,3 +951,30 @@ def norm_act_jvp(
     before_dot = normed_dot * gamma + d * r * shaped(weight_dot, 0) + shaped(bias_dot, 0)
     negative_dot = s * before_dot + before * shaped(slope_dot, 0)
     return torch.where(before > 0, before, s * before), torch.where(before > 0, before_dot, negative_dot)
+# ---- weight nets ----------------------------------------------------------------------------------
+
+
+def ce_dual(z: Tensor, zdot: Tensor, y: Tensor, activation: str | None = None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each pixel and its derivative along zdot, as weight_nets.ce_dual."""
+    g = _per_class(z, y[:, 0] if y.ndim == z.ndim and y.shape[1] == 1 < z.shape[1] else y)
+    if (activation or ("softmax" if z.shape[1] > 1 else "sigmoid")) == "softmax":
+        mean = (z.softmax(1) * zdot).sum(1, keepdim=True)
+        return -(g * z.log_softmax(1)).sum(1), (g * (mean - zdot)).sum(1)
+    return (F.softplus(z) - g * z).mean(1), ((z.sigmoid() - g) * zdot).mean(1)
+
+
+def mask_net(loss: Tensor, theta: Sequence[Tensor]) -> Tensor:
+    """MCPM's weights of a loss map (B, H, W) or (B, D, H, W), as weight_nets.mask_net."""
+    w3, b3, w5, b5, w1, b1 = theta
+    conv: Any = F.conv2d if w3.ndim == 3 else F.conv3d
+    x = loss.unsqueeze(1)
+    h3, h5 = conv(x, w3.unsqueeze(1), b3, padding=1), conv(x, w5.unsqueeze(1), b5, padding=2)
+    hidden = torch.cat([h3.relu(), h5.relu(), x], 1)
+    logits: Tensor = conv(hidden, w1.reshape(1, -1, *[1] * (w3.ndim - 1)), b1)
+    return logits[:, 0].sigmoid()
+
+
+def mw_net(loss: Tensor, theta: Sequence[Tensor]) -> Tensor:
+    """Meta-Weight-Net on each number, as weight_nets.mw_net."""
+    w1, b1, w2, b2 = theta
+    return ((loss.unsqueeze(-1) * w1 + b1).relu() @ w2 + b2[0]).sigmoid()
