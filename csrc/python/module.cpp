@@ -54,4 +54,5 @@ PYBIND11_MODULE(_core, m) {
   noisyseg::bind_task_losses(m);
   noisyseg::bind_distance(m);
   noisyseg::bind_surface(m);
+  noisyseg::bind_noise(m);
 }
