@@ -109,7 +109,9 @@ def rater_bias(
     if not 0 <= spread < math.inf:
         raise ValueError(f"spread must be finite and not negative, got {spread}")
     batch = _batch(masks, spatial_dims)
-    signed = [biases + spread * random.standard_normal(len(biases)) for random in _generators(seed, batch.count)]
+    signed = [
+        biases + spread * random.standard_normal(len(biases)) for random in _generators(seed, batch.count)
+    ]
     drawn = _offset(batch, np.reshape(signed, (batch.count, len(biases))), spacing)
     return _result(batch, drawn, (len(biases),))
 
@@ -134,10 +136,12 @@ def shift(masks: Any, offset: int | Sequence[int], *, spatial_dims: int | None =
     axis, to the right. Any dtype and values.
     """
     batch = _batch(masks, spatial_dims)
-    steps = list(offset) if isinstance(offset, (tuple, list, np.ndarray)) else [0] * (batch.dims - 1) + [offset]
+    steps = (
+        list(offset) if isinstance(offset, (tuple, list, np.ndarray)) else [0] * (batch.dims - 1) + [offset]
+    )
     if len(steps) != batch.dims or any(int(s) != s for s in steps):
         raise ValueError(f"offset must be one integer, or one for each of {batch.dims} axes, got {offset!r}")
-    out = batch.items * 0
+    out = _library(batch).zeros_like(batch.items)
     to, source = [slice(None)], [slice(None)]
     for step, n in zip(map(int, steps), batch.spatial, strict=True):
         to.append(slice(max(step, 0), max(n + min(step, 0), 0)))
@@ -231,7 +235,9 @@ def deform(
     matrix = np.eye(dims, dims + 1) if affine is None else np.asarray(affine, np.float64)
     matrix = matrix[None] if matrix.ndim == 2 else matrix
     if matrix.shape[1:] != (dims, dims + 1) or matrix.shape[0] not in (1, count):
-        raise ValueError(f"affine must be ({dims}, {dims + 1}), or that for each item, got {np.shape(affine)}")
+        raise ValueError(
+            f"affine must be ({dims}, {dims + 1}), or that for each item, got {np.shape(affine)}"
+        )
     if not (np.isfinite(grid).all() and np.isfinite(matrix).all()):
         raise ValueError("displacement and affine must be finite")
     coefficients = np.zeros((count, 3, *lead, *grid.shape[2:]))
@@ -263,9 +269,7 @@ def _spline_coefficients(values: NDArray[np.float64]) -> NDArray[np.float64]:
 # ---- mistakes -------------------------------------------------------------------------------------
 
 
-def flip_square(
-    masks: Any, size: int | Sequence[int], *, seed: Any, spatial_dims: int | None = None
-) -> Any:
+def flip_square(masks: Any, size: int | Sequence[int], *, seed: Any, spatial_dims: int | None = None) -> Any:
     """The labels reversed in a square (cube) at a random place inside each image: UMA-Net's "label reversal".
 
     size: its side in pixels, or one for each axis; at most the image's.
@@ -311,14 +315,16 @@ def erase_component(
         hit, place = random.random() < probability, random.random()
         if not hit or not len(roots[i]):
             continue
-        pick = {"random": int(place * len(roots[i])), "largest": sizes[i].argmax(), "smallest": sizes[i].argmin()}
+        pick = {
+            "random": int(place * len(roots[i])),
+            "largest": sizes[i].argmax(),
+            "smallest": sizes[i].argmin(),
+        }
         out[i] &= labels[i] != int(roots[i][pick[which]]) + 1
     return _result(batch, out)
 
 
-def connected_components(
-    masks: Any, *, connectivity: str = "full", spatial_dims: int | None = None
-) -> Any:
+def connected_components(masks: Any, *, connectivity: str = "full", spatial_dims: int | None = None) -> Any:
     """int32 labels: 0 for background, else 1 + the index within the item of the component's first pixel.
 
     Not numbered in turn, so that no pass over the image is needed for it. connectivity: see erase_component.
@@ -493,7 +499,9 @@ def mixture(
     noises: `Noise`, `Calibration` or anything called as noise(masks, seed=[...], spatial_dims=...). Probabilities may
     sum up to less than 1; the rest stays clean. Every result is in the masks' dtype.
     """
-    chances = [1 / len(noises)] * len(noises) if probabilities is None and noises else list(probabilities or ())
+    chances = (
+        [1 / len(noises)] * len(noises) if probabilities is None and noises else list(probabilities or ())
+    )
     if len(chances) != len(noises) or not noises:
         raise ValueError(f"probabilities must be one for each of {len(noises)} noises, got {len(chances)}")
     if not all(p >= 0 for p in chances) or sum(chances) > 1 + 1e-9:
@@ -501,9 +509,12 @@ def mixture(
     batch = _batch(masks, spatial_dims)
     bounds = np.cumsum(chances)
     random = _generators(seed, batch.count, _MIXTURE)
-    kind = [int(np.searchsorted(bounds, r.random() * (1 if bounds[-1] <= 1 else bounds[-1]), "right")) for r in random]
+    kind = [
+        int(np.searchsorted(bounds, r.random() * (1 if bounds[-1] <= 1 else bounds[-1]), "right"))
+        for r in random
+    ]
     seeds = [int(r.integers(2**63)) for r in random]
-    out = batch.items * 1
+    out = batch.items.clone() if hasattr(batch.items, "clone") else batch.items.copy()
     for number, noise in enumerate(noises):
         items = [i for i, k in enumerate(kind) if k == number]
         if noise is None or not items:
@@ -512,13 +523,15 @@ def mixture(
     return _restore(batch, out)
 
 
-def each_label(noise: Callable[..., Any], labels: Any, *, seed: Any = 0, spatial_dims: int | None = None) -> Any:
+def each_label(
+    noise: Callable[..., Any], labels: Any, *, seed: Any = 0, spatial_dims: int | None = None
+) -> Any:
     """A label map after `noise` on one class after the other, all with the same seed.
 
     Where the results overlap the smaller label stays. labels: integers >= 0.
     """
     batch = _batch(labels, spatial_dims, "labels")
-    out = batch.items * 0
+    out = _library(batch).zeros_like(batch.items)
     for label in range(1, (int(batch.items.max()) if batch.count else 0) + 1):
         one = batch.items == label
         if bool(one.any()):
@@ -647,7 +660,9 @@ def calibrate(
     means = (weak.sum() + np.concatenate([[0.0], np.cumsum((strong - weak)[order])])) / len(weak)
     k = int(np.abs(means - target_dice).argmin())
     edges = np.concatenate([[0.0], lots[order], [1.0]])
-    return Calibration(apply, name, low, high, float((edges[k] + edges[k + 1]) / 2) if k else 0.0, float(means[k]))
+    return Calibration(
+        apply, name, low, high, float((edges[k] + edges[k + 1]) / 2) if k else 0.0, float(means[k])
+    )
 
 
 def _strength(noise: Any, shape: Sequence[int]) -> tuple[str, Callable[..., Any], Pair | None]:
@@ -663,7 +678,13 @@ def _strength(noise: Any, shape: Sequence[int]) -> tuple[str, Callable[..., Any]
 
 
 def _of_strength(
-    name: str, options: Mapping[str, Any], masks: Any, magnitude: float, *, seed: Any, spatial_dims: int | None
+    name: str,
+    options: Mapping[str, Any],
+    masks: Any,
+    magnitude: float,
+    *,
+    seed: Any,
+    spatial_dims: int | None,
 ) -> Any:
     return Noise(name, **{**options, **_AMOUNT[name].options(magnitude)})(
         masks, seed=seed, spatial_dims=spatial_dims

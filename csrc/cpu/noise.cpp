@@ -42,9 +42,9 @@ void unite(int32_t* parent, int32_t a, int32_t b) {
     parent[a] = b;
 }
 
-// Union-find over one item. Voxels of a run along the last axis point at its first; runs are joined with those of
-// the rows before, once for each stretch of contact. Reads the mask (1 B) and its rows before (from the cache),
-// writes and reads 4 B per voxel.
+// Union-find over one item. Voxels of a run along the last axis point at its first; runs are joined with
+// those of the rows before, once for each stretch of contact. Reads the mask (1 B) and its rows before (from
+// the cache), writes and reads 4 B per voxel.
 void components(const uint8_t* mask, const int64_t n[3], bool full, int32_t* parent) {
   const int64_t before[4][2] = {{0, -1}, {-1, 0}, {-1, -1}, {-1, 1}};  // planes and rows
   for (int64_t z = 0; z < n[0]; ++z)
@@ -52,7 +52,8 @@ void components(const uint8_t* mask, const int64_t n[3], bool full, int32_t* par
       const int64_t base = (z * n[1] + y) * n[2];
       const uint8_t* row = mask + base;
       for (int64_t x = 0; x < n[2]; ++x)
-        if (row[x]) parent[base + x] = static_cast<int32_t>(x > 0 && row[x - 1] ? parent[base + x - 1] : base + x);
+        if (row[x])
+          parent[base + x] = static_cast<int32_t>(x > 0 && row[x - 1] ? parent[base + x - 1] : base + x);
       for (int k = 0; k < (full ? 4 : 2); ++k) {
         const int64_t v = z + before[k][0], u = y + before[k][1];
         if (v < 0 || u < 0 || u >= n[1]) continue;
@@ -64,7 +65,8 @@ void components(const uint8_t* mask, const int64_t n[3], bool full, int32_t* par
               unite(parent, static_cast<int32_t>(base + x), static_cast<int32_t>(other + x));
           continue;
         }
-        for (int64_t x = 0; x < n[2];) {  // a run of this row, and the runs above it, a voxel further each way
+        for (int64_t x = 0;
+             x < n[2];) {  // a run of this row, and the runs above it, a voxel further each way
           if (!row[x]) {
             ++x;
             continue;
@@ -131,8 +133,9 @@ struct Linear {
   }
 };
 
-// Rows of voxels: the grid is summed up over the first two axes once for each row, then a row is walked interval
-// by interval of the grid, where its four columns do not change. Per voxel one gathered read and one write.
+// Rows of voxels: the grid is summed up over the first two axes once for each row, then a row is walked
+// interval by interval of the grid, where its four columns do not change. Per voxel one gathered read and one
+// write.
 template <class Sampling, class T>
 void deform_rows(const Deformation& d, const T* image, T fill, double fill_value, T* out, int threads) {
   const int64_t rows = d.n[0] * d.n[1], size = rows * d.n[2];
@@ -188,11 +191,11 @@ void deform_nearest(const Deformation& d, const Array& image, const DeformOption
   // Any dtype by its bytes; `fill` as one element of it.
   double real = o.fill;
   Cell<8> bytes = {};
-#define NOISYSEG_FILL(type)                    \
-  {                                            \
-    type value;                                \
-    formulas::assign(value, real);             \
-    memcpy(bytes.of, &value, sizeof(value));   \
+#define NOISYSEG_FILL(type)                  \
+  {                                          \
+    type value;                              \
+    formulas::assign(value, real);           \
+    memcpy(bytes.of, &value, sizeof(value)); \
   }
   NOISYSEG_DTYPE_CASES(image.dtype, NOISYSEG_FILL)
 #undef NOISYSEG_FILL
@@ -237,8 +240,8 @@ void contour_vertices(const Array& labels, const Array& starts, const Array& pha
   for (int64_t i = 0; i < starts.shape[0]; ++i) {
     const int64_t start = static_cast<const int64_t*>(starts.data)[i], item = start / (rows * columns);
     const int64_t at = start % (rows * columns);
-    const formulas::LabelImage image = {static_cast<const int32_t*>(labels.data) + item * rows * columns, rows,
-                                        columns};
+    const formulas::LabelImage image = {static_cast<const int32_t*>(labels.data) + item * rows * columns,
+                                        rows, columns};
     formulas::contour_vertices(image, at / columns, at % columns, n,
                                static_cast<const double*>(phases.data)[i],
                                static_cast<int32_t*>(out.data) + i * n * 2);
@@ -298,8 +301,7 @@ NOISYSEG_API(void, contour_vertices,
              (labels, starts, phases, out, exec))
 NOISYSEG_API(size_t, fill_workspace, (const Array& out, const Exec& exec), (out, exec))
 NOISYSEG_API(void, fill_polygons,
-             (const Array& vertices, const Array& first, const Array& out, void* workspace,
-              const Exec& exec),
+             (const Array& vertices, const Array& first, const Array& out, void* workspace, const Exec& exec),
              (vertices, first, out, workspace, exec))
 NOISYSEG_API(void, deform,
              (const Array& image, const Array& coefficients, const Array& affine,

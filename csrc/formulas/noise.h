@@ -31,7 +31,9 @@ NOISYSEG_FORMULA Words random_words(int64_t key, int stream, int64_t block) {
                 static_cast<uint64_t>(key));
 }
 
-NOISYSEG_FORMULA float uniform(uint32_t word) { return static_cast<float>(word >> 8) * 5.9604644775390625e-8f; }
+NOISYSEG_FORMULA float uniform(uint32_t word) {
+  return static_cast<float>(word >> 8) * 5.9604644775390625e-8f;
+}
 
 // ---- contours --------------------------------------------------------------------------------------
 
@@ -59,8 +61,8 @@ NOISYSEG_FORMULA int next_step(const LabelImage& l, int32_t label, int64_t row, 
   return -1;
 }
 
-// Two rounds of the contour that starts at (row, column), its first pixel in reading order: one for its length,
-// one for the vertices, each the first pixel at or after its place. out: (n, 2).
+// Two rounds of the contour that starts at (row, column), its first pixel in reading order: one for its
+// length, one for the vertices, each the first pixel at or after its place. out: (n, 2).
 NOISYSEG_FORMULA void contour_vertices(const LabelImage& l, int64_t row, int64_t column, int64_t n,
                                        double phase, int32_t* out) {
   const int32_t label = l.data[row * l.columns + column];
@@ -92,14 +94,16 @@ NOISYSEG_FORMULA void contour_vertices(const LabelImage& l, int64_t row, int64_t
 
 constexpr int64_t subpixels = 256;
 
-// What an edge does to a row of pixel centres: pixels from `first` on have `turns` more windings; pixels `on` to
-// `on_end` - 1 lie on it.
+// What an edge does to a row of pixel centres: pixels from `first` on have `turns` more windings; pixels `on`
+// to `on_end` - 1 lie on it.
 struct Crossing {
   int64_t first, on, on_end;
   int turns;
 };
 
-NOISYSEG_FORMULA int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
+NOISYSEG_FORMULA int64_t floor_div(int64_t a, int64_t b) {
+  return a / b - (a % b != 0 && (a < 0) != (b < 0));
+}
 
 // Edge from a to b (row, column, in subpixels) and row y of pixels, in exact arithmetic.
 NOISYSEG_FORMULA Crossing crossing(const int32_t* a, const int32_t* b, int64_t y) {
@@ -186,7 +190,8 @@ NOISYSEG_FORMULA Taps taps(const Deformation& d, int axis, int64_t x) {
 }
 
 // The grid of one component summed up over the first two axes, at point j of the third.
-NOISYSEG_FORMULA double column(const Deformation& d, const double* grid, const Taps& z, const Taps& y, int j) {
+NOISYSEG_FORMULA double column(const Deformation& d, const double* grid, const Taps& z, const Taps& y,
+                               int j) {
   double sum = 0;
   for (int a = 0; a < z.count; ++a) {
     double inner = 0;
@@ -199,7 +204,8 @@ NOISYSEG_FORMULA double column(const Deformation& d, const double* grid, const T
 
 // affine (z, y, x, 1) without the part of x.
 NOISYSEG_FORMULA double row_base(const double* affine, int64_t z, int64_t y) {
-  return plus(plus(affine[3], times(affine[0], static_cast<double>(z))), times(affine[1], static_cast<double>(y)));
+  return plus(plus(affine[3], times(affine[0], static_cast<double>(z))),
+              times(affine[1], static_cast<double>(y)));
 }
 
 // The nearest voxel's index, -1 outside; a half rounds up.
@@ -248,7 +254,8 @@ static inline void need(bool right, const char* what) {
 
 static inline void check_uniforms(const Array& keys, const Array& out) {
   need(keys.dtype == DType::i64 && keys.rank == 1, "keys must be int64 (B)");
-  need(out.dtype == DType::f32 && out.rank == 2 && out.shape[0] == keys.shape[0], "out must be float32 (B, n)");
+  need(out.dtype == DType::f32 && out.rank == 2 && out.shape[0] == keys.shape[0],
+       "out must be float32 (B, n)");
 }
 
 static inline void check_components(const Array& mask, const Array& labels) {
@@ -275,8 +282,10 @@ static inline void check_polygons(const Array& vertices, const Array& first, con
 static inline Deformation deformation(const Array& image, const Array& coefficients, const Array& affine,
                                       const DeformOptions& o) {
   need(image.rank == 4 && coefficients.rank == 5 && affine.rank == 3, "deform takes (B, n0, n1, n2)");
-  need(coefficients.dtype == DType::f64 && affine.dtype == DType::f64, "coefficients and affine must be float64");
-  need(!o.linear || image.dtype == DType::f32 || image.dtype == DType::f64, "linear needs float32 or float64");
+  need(coefficients.dtype == DType::f64 && affine.dtype == DType::f64,
+       "coefficients and affine must be float64");
+  need(!o.linear || image.dtype == DType::f32 || image.dtype == DType::f64,
+       "linear needs float32 or float64");
   Deformation d = {};
   d.items = image.shape[0];
   need(coefficients.shape[0] == d.items && coefficients.shape[1] == 3 && affine.shape[0] == d.items &&

@@ -12,9 +12,7 @@ void bind_noise(py::module_& m) {
   m.def(
       "fill_polygons",
       [](const Array& vertices, const Array& first, const Array& out, std::uintptr_t workspace,
-         const Exec& exec) {
-        fill_polygons(vertices, first, out, reinterpret_cast<void*>(workspace), exec);
-      },
+         const Exec& exec) { fill_polygons(vertices, first, out, reinterpret_cast<void*>(workspace), exec); },
       release_gil());
   m.def(
       "deform",
