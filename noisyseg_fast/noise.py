@@ -83,7 +83,7 @@ def erode_or_dilate(
     _probability("dilation", dilation)
     batch = _batch(masks, spatial_dims)
     signed = []
-    for random in _generators(seed, batch.count):
+    for random in _generators(seed, batch.size):
         grow, r = random.random() < dilation, low + (high - low) * random.random()
         signed.append(r if grow else -r)
     return _result(batch, _offset(batch, signed, spacing))
@@ -110,9 +110,9 @@ def rater_bias(
         raise ValueError(f"spread must be finite and not negative, got {spread}")
     batch = _batch(masks, spatial_dims)
     signed = [
-        biases + spread * random.standard_normal(len(biases)) for random in _generators(seed, batch.count)
+        biases + spread * random.standard_normal(len(biases)) for random in _generators(seed, batch.size)
     ]
-    drawn = _offset(batch, np.reshape(signed, (batch.count, len(biases))), spacing)
+    drawn = _offset(batch, np.reshape(signed, (batch.size, len(biases))), spacing)
     return _result(batch, drawn, (len(biases),))
 
 
@@ -121,7 +121,7 @@ def _offset(batch: _Batch, radii: Any, spacing: Any) -> Any:
     distance = signed_distance_map(_object(batch), spacing, spatial_dims=batch.dims, convention="two_sided")
     r = np.asarray(radii, np.float32)
     if r.ndim == 2:
-        distance = distance.reshape((batch.count, 1, *batch.spatial))
+        distance = distance.reshape((batch.size, 1, *batch.spatial))
     limit = _device(batch, r.reshape((*r.shape, *(1,) * batch.dims)))
     return ((distance <= limit) & (limit >= 0)) | ((distance < limit) & (limit < 0))
 
@@ -136,14 +136,14 @@ def shift(masks: Any, offset: int | Sequence[int], *, spatial_dims: int | None =
     axis, to the right. Any dtype and values.
     """
     batch = _batch(masks, spatial_dims)
-    steps = (
-        list(offset) if isinstance(offset, (tuple, list, np.ndarray)) else [0] * (batch.dims - 1) + [offset]
-    )
+    steps: list[Any] = [0] * (batch.dims - 1) + [offset]
+    if isinstance(offset, (tuple, list, np.ndarray)):
+        steps = list(offset)
     if len(steps) != batch.dims or any(int(s) != s for s in steps):
         raise ValueError(f"offset must be one integer, or one for each of {batch.dims} axes, got {offset!r}")
     out = _library(batch).zeros_like(batch.items)
     to, source = [slice(None)], [slice(None)]
-    for step, n in zip(map(int, steps), batch.spatial, strict=True):
+    for step, n in zip([int(s) for s in steps], batch.spatial, strict=True):
         to.append(slice(max(step, 0), max(n + min(step, 0), 0)))
         source.append(slice(max(-step, 0), max(n - max(step, 0), 0)))
     out[tuple(to)] = batch.items[tuple(source)]
@@ -182,10 +182,10 @@ def elastic_deform(
     grid = (points,) * dims if isinstance(points, (int, np.integer)) else tuple(points)
     if len(grid) != dims or not all(2 <= p <= 64 for p in grid):
         raise ValueError(f"points must be 2 to 64, one number or one for each of {dims} axes, got {points!r}")
-    displacement = np.zeros((batch.count, dims, *grid))
-    affine = np.zeros((batch.count, dims, dims + 1))
+    displacement = np.zeros((batch.size, dims, *grid))
+    affine = np.zeros((batch.size, dims, dims + 1))
     centre = (np.array(batch.spatial) - 1) / 2
-    for i, random in enumerate(_generators(seed, batch.count)):
+    for i, random in enumerate(_generators(seed, batch.size)):
         displacement[i] = sigma * random.standard_normal((dims, *grid))
         turn = np.eye(dims)
         for a, b in [(0, 1), (0, 2), (1, 2)][: dims * (dims - 1) // 2]:
@@ -219,7 +219,7 @@ def deform(
     if order not in (0, 1):
         raise ValueError(f"order must be 0 (nearest) or 1 (linear), got {order!r}")
     batch = _batch(masks, spatial_dims)
-    dims, count, lead = batch.dims, batch.count, (1,) * (3 - batch.dims)
+    dims, count, lead = batch.dims, batch.size, (1,) * (3 - batch.dims)
     grid = np.asarray(displacement, np.float64)
     grid = grid[None] if grid.ndim == dims + 1 else grid
     if (
@@ -232,12 +232,10 @@ def deform(
             f"displacement must be ({dims}, *points), or that for each of {count} items, with 2 to 64 points "
             f"along each axis, got {np.shape(displacement)}"
         )
-    matrix = np.eye(dims, dims + 1) if affine is None else np.asarray(affine, np.float64)
+    matrix: Array = np.asarray(np.eye(dims, dims + 1) if affine is None else affine, np.float64)
     matrix = matrix[None] if matrix.ndim == 2 else matrix
     if matrix.shape[1:] != (dims, dims + 1) or matrix.shape[0] not in (1, count):
-        raise ValueError(
-            f"affine must be ({dims}, {dims + 1}), or that for each item, got {np.shape(affine)}"
-        )
+        raise ValueError(f"affine must be ({dims}, {dims + 1}), or that for each item, got {matrix.shape}")
     if not (np.isfinite(grid).all() and np.isfinite(matrix).all()):
         raise ValueError("displacement and affine must be finite")
     coefficients = np.zeros((count, 3, *lead, *grid.shape[2:]))
@@ -279,7 +277,7 @@ def flip_square(masks: Any, size: int | Sequence[int], *, seed: Any, spatial_dim
     if len(sides) != batch.dims or not all(s >= 0 and int(s) == s for s in sides):
         raise ValueError(f"size must be an integer >= 0, or one for each of {batch.dims} axes, got {size!r}")
     out = _object(batch) != 0
-    for i, random in enumerate(_generators(seed, batch.count)):
+    for i, random in enumerate(_generators(seed, batch.size)):
         square: list[Any] = [i]
         for side, n in zip(sides, batch.spatial, strict=True):
             side = min(int(side), n)
@@ -311,16 +309,13 @@ def erase_component(
     labels = _components(batch, found, connectivity)
     roots, sizes = _roots(batch, labels)
     out = found != 0
-    for i, random in enumerate(_generators(seed, batch.count)):
+    for i, random in enumerate(_generators(seed, batch.size)):
         hit, place = random.random() < probability, random.random()
         if not hit or not len(roots[i]):
             continue
-        pick = {
-            "random": int(place * len(roots[i])),
-            "largest": sizes[i].argmax(),
-            "smallest": sizes[i].argmin(),
-        }
-        out[i] &= labels[i] != int(roots[i][pick[which]]) + 1
+        order = sizes[i] if which == "smallest" else -sizes[i]
+        number = int(place * len(order)) if which == "random" else int(order.argmin())
+        out[i] &= labels[i] != int(roots[i][number]) + 1
     return _result(batch, out)
 
 
@@ -359,11 +354,11 @@ def polygonize(
     if whole.dims == 1:
         raise ValueError("polygonize needs 2 or 3 spatial axes, got 1")
     slices = whole.spatial[0] if whole.dims == 3 else 1
-    flat = _object(whole).reshape((whole.count * slices, *whole.spatial[-2:]))
-    batch = whole._replace(items=flat, count=len(flat), dims=2, spatial=whole.spatial[-2:])
-    phase = np.zeros((whole.count, slices))
+    flat = _object(whole).reshape((whole.size * slices, *whole.spatial[-2:]))
+    batch = whole._replace(items=flat, size=len(flat), dims=2, spatial=whole.spatial[-2:])
+    phase = np.zeros((whole.size, slices))
     if seed is not None:
-        for i, random in enumerate(_generators(seed, whole.count)):
+        for i, random in enumerate(_generators(seed, whole.size)):
             phase[i] = random.random(slices)
     points, first, owner = _vertices(batch, flat, int(vertices), phase.reshape(-1), components == "largest")
     space = batch.space
@@ -374,7 +369,7 @@ def polygonize(
         memory = space.empty((_run(_core.fill_workspace, space, out) // 8 + 1,), "float64")
         given = (_device(batch, line.astype(np.int32)), _device(batch, first), out)
         _run(_core.fill_polygons, space, *given, space.view(memory)[0])
-    return _result(whole, out.reshape((whole.count, *whole.spatial)) != 0)
+    return _result(whole, out.reshape((whole.size, *whole.spatial)) != 0)
 
 
 def _vertices(
@@ -387,7 +382,7 @@ def _vertices(
         roots = [r[s.argmax()][None] if len(r) else r for r, s in zip(roots, sizes, strict=True)]
     counts = [len(r) for r in roots]
     first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
-    owner = np.repeat(np.arange(batch.count), counts)
+    owner = np.repeat(np.arange(batch.size), counts)
     if not len(owner):
         return np.zeros((0, n, 2), np.int32), first, owner
     starts = np.concatenate(roots) + owner * math.prod(batch.spatial)
@@ -430,10 +425,10 @@ def distort_boundary(
     _probability("share", share)
     batch = _batch(masks, spatial_dims)
     found = _object(batch)
-    if not batch.count:
+    if not batch.size:
         return _result(batch, found)
     contour = distance_transform_edt(found, spatial_dims=batch.dims, squared=True) == 1
-    keys = [random.integers(2**63) for random in _generators(seed, batch.count)]
+    keys = [int(random.integers(2**63)) for random in _generators(seed, batch.size)]
     out = found != 0
     for turn in (0, 1):
         chosen = contour & (_uniforms(batch, keys, 2 * turn) < share)
@@ -508,7 +503,7 @@ def mixture(
         raise ValueError(f"probabilities must not be negative and sum up to at most 1, got {probabilities}")
     batch = _batch(masks, spatial_dims)
     bounds = np.cumsum(chances)
-    random = _generators(seed, batch.count, _MIXTURE)
+    random = _generators(seed, batch.size, _MIXTURE)
     kind = [
         int(np.searchsorted(bounds, r.random() * (1 if bounds[-1] <= 1 else bounds[-1]), "right"))
         for r in random
@@ -532,7 +527,7 @@ def each_label(
     """
     batch = _batch(labels, spatial_dims, "labels")
     out = _library(batch).zeros_like(batch.items)
-    for label in range(1, (int(batch.items.max()) if batch.count else 0) + 1):
+    for label in range(1, (int(batch.items.max()) if batch.size else 0) + 1):
         one = batch.items == label
         if bool(one.any()):
             out[(noise(one, seed=seed, spatial_dims=batch.dims) != 0) & (out == 0)] = label
@@ -585,7 +580,7 @@ class Calibration:
         if self.share <= 0:
             return weak
         strong = self.noise(masks, self.high, seed=seed, spatial_dims=batch.dims)
-        more = np.array([u < self.share for u in _lots(seed, batch.count)], bool)
+        more = np.array([u < self.share for u in _lots(seed, batch.size)], bool)
         shape = (*batch.shape[: len(batch.shape) - batch.dims], *(1,) * batch.dims)
         chosen = _device(batch, more.reshape(shape))
         return _library(batch).where(chosen, strong, weak)
@@ -628,13 +623,14 @@ def calibrate(
     if not low < high:
         raise ValueError(f"bounds must be rising, got {bounds}")
     clean = batch.items != 0
-    keep = _host(clean.reshape((batch.count, -1)).any(-1)) if batch.count else np.zeros(0, bool)
+    keep: Array = _host(clean.reshape((batch.size, -1)).any(-1)) if batch.size else np.zeros(0, bool)
     if not keep.any():
         raise ValueError("masks hold no object: there is no Dice to reach")
 
     def dice(magnitude: float) -> NDArray[np.float64]:
         noisy = apply(batch.items, magnitude, seed=seed, spatial_dims=batch.dims)
-        return dice_of(noisy, batch.items, spatial_dims=batch.dims)[keep]
+        scores: Array = dice_of(noisy, batch.items, spatial_dims=batch.dims)[keep]
+        return scores
 
     weak, strong = dice(low), dice(high)
     if not strong.mean() <= target_dice <= weak.mean():
@@ -655,7 +651,7 @@ def calibrate(
             low, weak = middle, answer
         else:
             high, strong = middle, answer
-    lots = _lots(seed, batch.count)[keep]
+    lots = _lots(seed, batch.size)[keep]
     order = np.argsort(lots, kind="stable")
     means = (weak.sum() + np.concatenate([[0.0], np.cumsum((strong - weak)[order])])) / len(weak)
     k = int(np.abs(means - target_dice).argmin())
@@ -696,7 +692,7 @@ def dice_of(noisy: Any, clean: Any, *, spatial_dims: int | None = None) -> NDArr
     from .metrics import overlap_metrics
 
     batch, other = _batch(clean, spatial_dims, "clean"), _batch(noisy, spatial_dims, "noisy")
-    if not batch.count:
+    if not batch.size:
         return np.zeros(0)
     pair = (other.items != 0, batch.items != 0)
     scores = overlap_metrics(*pair, spatial_dims=batch.dims).dice
@@ -735,7 +731,7 @@ def simulate_raters(
     three points of a round object) goes as far as it can: see `calibrations[k].dice`. masks: (B, *S).
     """
     batch = _batch(masks, len(masks.shape) - 1 if spatial_dims is None else spatial_dims)
-    random = _generators(seed, batch.count, _RATERS)
+    random = _generators(seed, batch.size, _RATERS)
     drawn, calibrations = [], []
     for noise in noises:
         seeds = [int(r.integers(2**63)) for r in random]
@@ -800,7 +796,7 @@ def dilate_labels(labels: Any, radius: float) -> Any:
 
 class _Batch(NamedTuple):
     items: Any  # (B, *S)
-    count: int
+    size: int  # B
     spatial: tuple[int, ...]
     dims: int
     shape: tuple[int, ...]  # as given
@@ -837,7 +833,7 @@ def _object(batch: _Batch, name: str = "masks", any_labels: bool = False) -> Any
     if dtype == "bool":
         return _contiguous(items)
     inside = items != 0
-    if not any_labels and batch.count:
+    if not any_labels and batch.size:
         top = items.max()
         if bool((inside & (items != top)).any()):
             raise ValueError(
@@ -909,7 +905,7 @@ def _radii(radius: float | Sequence[float], batch: _Batch) -> Any:
         raise ValueError(f"radius must be finite and not negative, got {radius}")
     if len(radii) == 1:
         return float(radii[0])
-    if len(batch.shape) != batch.dims + 1 or batch.count != len(radii):
+    if len(batch.shape) != batch.dims + 1 or batch.size != len(radii):
         raise ValueError(
             f"radius has {len(radii)} values for a mask of shape {batch.shape} with {batch.dims} spatial axes"
         )
@@ -936,9 +932,9 @@ def _components(batch: _Batch, found: Any, connectivity: str) -> Any:
     if connectivity not in ("full", "face"):
         raise ValueError(f"connectivity must be full or face, got {connectivity!r}")
     space = batch.space
-    labels = space.empty((batch.count, *batch.spatial), "int32")
-    if batch.count:
-        shape = (batch.count, *(1,) * (3 - batch.dims), *batch.spatial)
+    labels = space.empty((batch.size, *batch.spatial), "int32")
+    if batch.size:
+        shape = (batch.size, *(1,) * (3 - batch.dims), *batch.spatial)
         given = (found.reshape(shape), connectivity == "full", labels.reshape(shape))
         _run(_core.connected_components, space, *given)
     return labels
@@ -948,7 +944,7 @@ def _roots(batch: _Batch, labels: Any) -> tuple[list[NDArray[np.int64]], list[ND
     """Of each item the index of every component's first pixel, rising, and its number of pixels."""
     library, size = _library(batch), math.prod(batch.spatial)
     roots, sizes = [], []
-    for item in labels.reshape((batch.count, size)):
+    for item in labels.reshape((batch.size, size)):
         counts = library.bincount(item, minlength=1)
         counts[0] = 0
         found = _host(library.argwhere(counts)).reshape(-1)
@@ -960,9 +956,9 @@ def _roots(batch: _Batch, labels: Any) -> tuple[list[NDArray[np.int64]], list[ND
 def _uniforms(batch: _Batch, keys: Sequence[int], stream: int) -> Any:
     """(B, *S) float32 in [0, 1), the same bits everywhere."""
     space = batch.space
-    out = space.empty((batch.count, math.prod(batch.spatial)), "float32")
+    out = space.empty((batch.size, math.prod(batch.spatial)), "float32")
     _run(_core.uniforms, space, _device(batch, np.array(keys, np.int64)), stream, out)
-    return out.reshape((batch.count, *batch.spatial))
+    return out.reshape((batch.size, *batch.spatial))
 
 
 _MIXTURE, _LOTS, _RATERS = 1, 2, 3  # streams beside the operators' own

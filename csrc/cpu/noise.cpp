@@ -9,7 +9,6 @@ namespace noisyseg::NOISYSEG_ISA {
 namespace {
 using formulas::Crossing;
 using formulas::Deformation;
-using formulas::Taps;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -114,11 +113,6 @@ void fill_polygon(const int32_t* v, int64_t m, int64_t rows, int64_t columns, in
 
 // ---- deformation -----------------------------------------------------------------------------------
 
-template <int bytes>
-struct Cell {
-  uint8_t of[bytes];
-};
-
 struct Nearest {
   template <class T>
   static void put(const Deformation& d, const T* image, const double p[3], const T& fill, double, T& out) {
@@ -145,14 +139,13 @@ void deform_rows(const Deformation& d, const T* image, T fill, double fill_value
   for (int64_t r = 0; r < d.items * rows; ++r) {
     constexpr int64_t block = 128;
     const int64_t item = r / rows, z = r % rows / d.n[1], y = r % d.n[1];
-    const Taps of_z = formulas::taps(d, 0, z), of_y = formulas::taps(d, 1, y);
     const double* grid = d.coefficients + item * 3 * cells;
     const double* affine = d.affine + item * 12;
     double columns[3][DeformOptions::max_points], base[3], slope[3], at[3][block];
     for (int k = 0; k < 3; ++k) {
       base[k] = formulas::row_base(affine + 4 * k, z, y);
       slope[k] = affine[4 * k + 2];
-      for (int j = 0; j < points; ++j) columns[k][j] = formulas::column(d, grid + k * cells, of_z, of_y, j);
+      for (int j = 0; j < points; ++j) columns[k][j] = formulas::column(d, grid + k * cells, z, y, j);
     }
     for (int64_t x = 0; x < d.n[2];) {
       double place;
@@ -187,21 +180,10 @@ void deform_rows(const Deformation& d, const T* image, T fill, double fill_value
 
 template <class T>
 void deform_nearest(const Deformation& d, const Array& image, const DeformOptions& o, const Array& out,
-                    int threads) {
-  // Any dtype by its bytes; `fill` as one element of it.
-  double real = o.fill;
-  Cell<8> bytes = {};
-#define NOISYSEG_FILL(type)                  \
-  {                                          \
-    type value;                              \
-    formulas::assign(value, real);           \
-    memcpy(bytes.of, &value, sizeof(value)); \
-  }
-  NOISYSEG_DTYPE_CASES(image.dtype, NOISYSEG_FILL)
-#undef NOISYSEG_FILL
-  T fill;
-  memcpy(&fill, bytes.of, sizeof(T));
-  deform_rows<Nearest>(d, static_cast<const T*>(image.data), fill, 0, static_cast<T*>(out.data), threads);
+                    int threads) {  // any dtype by its bytes
+  deform_rows<Nearest>(d, static_cast<const T*>(image.data),
+                       static_cast<T>(formulas::fill_bits(image.dtype, o.fill)), 0, static_cast<T*>(out.data),
+                       threads);
 }
 
 }  // namespace

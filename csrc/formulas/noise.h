@@ -163,41 +163,29 @@ NOISYSEG_FORMULA void spline_weights(double t, double w[4]) {
 
 NOISYSEG_FORMULA int mirrored(int i, int points) { return i < 0 ? -i : i >= points ? 2 * points - 2 - i : i; }
 
-// The grid points that reach position x of an axis, and their weights.
-struct Taps {
-  int count, at[4];
-  double weight[4];
-};
-
+// The grid interval of voxel x of an axis with two points or more, and its place in grid steps.
 NOISYSEG_FORMULA int interval(const Deformation& d, int axis, int64_t x, double* place) {
   *place = times(static_cast<double>(x), d.scale[axis]);
   const int last = d.points[axis] - 2, i = static_cast<int>(*place);
   return i < last ? i : last;
 }
 
-NOISYSEG_FORMULA Taps taps(const Deformation& d, int axis, int64_t x) {
-  Taps t;
-  t.count = 1;
-  t.at[0] = 0;
-  t.weight[0] = 1;
-  if (d.points[axis] == 1) return t;
-  double place;
-  const int i = interval(d, axis, x, &place);
-  t.count = 4;
-  for (int k = 0; k < 4; ++k) t.at[k] = mirrored(i - 1 + k, d.points[axis]);
-  spline_weights(plus(place, -static_cast<double>(i)), t.weight);
-  return t;
-}
-
-// The grid of one component summed up over the first two axes, at point j of the third.
-NOISYSEG_FORMULA double column(const Deformation& d, const double* grid, const Taps& z, const Taps& y,
-                               int j) {
-  double sum = 0;
-  for (int a = 0; a < z.count; ++a) {
+// The grid of one component summed up over the first two axes, at row (z, y) of voxels and point j of the
+// third.
+NOISYSEG_FORMULA double column(const Deformation& d, const double* grid, int64_t z, int64_t y, int j) {
+  double place_z = 0, place_y = 0, of_z[4] = {0, 1, 0, 0}, of_y[4] = {0, 1, 0, 0}, sum = 0;
+  const bool deep = d.points[0] > 1, high = d.points[1] > 1;
+  const int at_z = deep ? interval(d, 0, z, &place_z) : 0, at_y = high ? interval(d, 1, y, &place_y) : 0;
+  if (deep) spline_weights(plus(place_z, -static_cast<double>(at_z)), of_z);
+  if (high) spline_weights(plus(place_y, -static_cast<double>(at_y)), of_y);
+  for (int a = 0; a < 4; ++a) {
+    const int64_t plane = deep ? mirrored(at_z - 1 + a, d.points[0]) : 0;
     double inner = 0;
-    for (int b = 0; b < y.count; ++b)
-      inner = plus(inner, times(y.weight[b], grid[(z.at[a] * d.points[1] + y.at[b]) * d.points[2] + j]));
-    sum = plus(sum, times(z.weight[a], inner));
+    for (int b = 0; b < 4; ++b) {
+      const int64_t row = high ? mirrored(at_y - 1 + b, d.points[1]) : 0;
+      inner = plus(inner, times(of_y[b], grid[(plane * d.points[1] + row) * d.points[2] + j]));
+    }
+    sum = plus(sum, times(of_z[a], inner));
   }
   return sum;
 }
@@ -244,6 +232,20 @@ NOISYSEG_FORMULA double linear_value(const Deformation& d, const T* image, const
     if (weight != 0) sum = plus(sum, times(weight, inside ? static_cast<double>(image[at]) : fill));
   }
   return sum;
+}
+
+// A value of any dtype as the low bytes of a word.
+static inline uint64_t fill_bits(DType dtype, double value) {
+  uint64_t bits = 0;
+#define NOISYSEG_FILL(type)                  \
+  {                                          \
+    type element;                            \
+    assign(element, value);                  \
+    memcpy(&bits, &element, sizeof element); \
+  }
+  NOISYSEG_DTYPE_CASES(dtype, NOISYSEG_FILL)
+#undef NOISYSEG_FILL
+  return bits;
 }
 
 // ---- arguments -------------------------------------------------------------------------------------
