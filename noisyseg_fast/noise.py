@@ -603,9 +603,10 @@ def calibrate(
     noise(masks, magnitude, seed=..., spatial_dims=...) that keeps the masks' shape. The magnitude of an operator is
     its radius (dilate, erode, erode_or_dilate, distort_boundary), sigma (elastic_deform), offset (shift), size
     (flip_square), probability (erase_component), and for polygonize 0 (64 vertices) to 1 (3). bounds: of the
-    magnitude; needed for a function. masks: (B, *S), or spatial_dims says; the empty ones have no Dice and do not
-    count. Where the mean Dice jumps over the target (whole pixels), a share of the items takes the next magnitude.
-    unreachable: "error", or "closest": take the bound that comes nearest; `dice` says what it gives.
+    magnitude; needed for a function. masks: (B, *S), or spatial_dims says; or a list of masks (*S) of any sizes, with
+    one seed for each. The empty ones have no Dice and do not count. Where the mean Dice jumps over the target (whole
+    pixels), a share of the items takes the next magnitude. unreachable: "error", or "closest": take the bound that
+    comes nearest; `dice` says what it gives.
 
     >>> calibrate("dilate", masks, 0.8)(masks, seed=1)  # UMA-Net's low noise; 0.7 is its high noise
     """
@@ -613,8 +614,16 @@ def calibrate(
         raise ValueError(f"target_dice must be between 0 and 1, got {target_dice}")
     if unreachable not in ("error", "closest"):
         raise ValueError(f"unreachable must be error or closest, got {unreachable!r}")
-    batch = _batch(masks, len(masks.shape) - 1 if spatial_dims is None else spatial_dims)
-    name, apply, default = _strength(noise, batch.spatial)
+    if isinstance(masks, (list, tuple)):
+        batches = [_batch(m[None], len(m.shape)) for m in masks]
+        seeds: list[Any] = [[r] for r in seed] if isinstance(seed, (list, tuple, np.ndarray)) else []
+        if len(seeds) != len(masks) or not masks:
+            raise ValueError(f"a list of {len(masks)} masks needs as many seeds, at least one")
+    else:
+        batches = [_batch(masks, len(masks.shape) - 1 if spatial_dims is None else spatial_dims)]
+        seeds = [seed if isinstance(seed, (list, tuple, np.ndarray)) else _one_seed(seed)]
+    longest = [max(sides) for sides in zip(*(b.spatial for b in batches), strict=True)]
+    name, apply, default = _strength(noise, longest)
     if bounds is None:
         if default is None:
             raise ValueError("bounds are needed for a function: the least and the largest magnitude")
@@ -622,15 +631,18 @@ def calibrate(
     low, high = map(float, bounds)
     if not low < high:
         raise ValueError(f"bounds must be rising, got {bounds}")
-    clean = batch.items != 0
-    keep: Array = _host(clean.reshape((batch.size, -1)).any(-1)) if batch.size else np.zeros(0, bool)
+    keep = np.concatenate(
+        [_host((b.items != 0).reshape((b.size, -1)).any(1)) for b in batches if b.size] or [[]]
+    )
     if not keep.any():
         raise ValueError("masks hold no object: there is no Dice to reach")
 
-    def dice(magnitude: float) -> NDArray[np.float64]:
-        noisy = apply(batch.items, magnitude, seed=seed, spatial_dims=batch.dims)
-        scores: Array = dice_of(noisy, batch.items, spatial_dims=batch.dims)[keep]
-        return scores
+    def dice(magnitude: float) -> Any:
+        scores = []
+        for b, s in zip(batches, seeds, strict=True):
+            noisy = apply(b.items, magnitude, seed=s, spatial_dims=b.dims)
+            scores.append(dice_of(noisy, b.items, spatial_dims=b.dims))
+        return np.concatenate(scores)[keep]
 
     weak, strong = dice(low), dice(high)
     if not strong.mean() <= target_dice <= weak.mean():
@@ -651,7 +663,7 @@ def calibrate(
             low, weak = middle, answer
         else:
             high, strong = middle, answer
-    lots = _lots(seed, batch.size)[keep]
+    lots = np.concatenate([_lots(s, b.size) for b, s in zip(batches, seeds, strict=True)])[keep]
     order = np.argsort(lots, kind="stable")
     means = (weak.sum() + np.concatenate([[0.0], np.cumsum((strong - weak)[order])])) / len(weak)
     k = int(np.abs(means - target_dice).argmin())
@@ -971,18 +983,23 @@ def _generators(seed: Any, count: int, purpose: int = 0) -> list[np.random.Gener
             raise ValueError(f"seed has {len(seed)} values for {count} items")
         keys = [(_integer(s), 0) for s in seed]
     else:
-        if isinstance(seed, np.random.Generator):
-            seed = seed.integers(2**63)
-        elif hasattr(seed, "initial_seed") and hasattr(seed, "device"):  # torch.Generator
-            import torch
-
-            seed = torch.randint(2**63 - 1, (), generator=seed, device=seed.device).item()
-        first = _integer(seed)
+        first = _one_seed(seed)
         keys = [(first, i) for i in range(count)]
     return [
         np.random.Generator(np.random.Philox(key=np.array([s, i + (purpose << 48)], np.uint64)))
         for s, i in keys
     ]
+
+
+def _one_seed(seed: Any) -> int:
+    """An integer, or the next one of a generator."""
+    if isinstance(seed, np.random.Generator):
+        seed = seed.integers(2**63)
+    elif hasattr(seed, "initial_seed") and hasattr(seed, "device"):  # torch.Generator
+        import torch
+
+        seed = torch.randint(2**63 - 1, (), generator=seed, device=seed.device).item()
+    return _integer(seed)
 
 
 def _integer(seed: Any) -> int:
