@@ -321,6 +321,48 @@ def fuse(
 
 
 @app.command()
+def corrupt(
+    masks: Annotated[Path, typer.Argument(help="Folder of masks (.nii.gz, .nii, .png).")],
+    folder: Annotated[Path, Option("--out", help="A new or empty folder for the noisy masks.")],
+    noises: Annotated[
+        list[str],
+        Option(
+            "--noise",
+            help="dilate, erode, erode_or_dilate, elastic_deform, shift, flip_square, polygonize, erase_component "
+            "or distort_boundary; several make a mixture, each as likely or as NAME=PROBABILITY says.",
+        ),
+    ],
+    set_: Annotated[
+        list[str] | None,
+        Option("--set", help="A parameter, as radius=3; in a mixture as dilate.radius=3; repeatable."),
+    ] = None,
+    target_dice: Annotated[
+        float | None, Option(help="Find the strength that gives this mean Dice, as 0.8.")
+    ] = None,
+    seed: Annotated[int, Option(help="A file's noise depends on this and on the file's name.")] = 0,
+    mm: Annotated[bool, Option("--mm", help="Radii in mm, by the spacing in the files.")] = False,
+) -> None:
+    """Make masks worse on purpose: noisy masks, noise.json (parameters, seed, Dice) and a contact sheet to look at.
+
+    Example: `noisyseg corrupt labels/ --out noisy/ --noise dilate --set radius=3`
+
+    Example: `noisyseg corrupt labels/ --out noisy/ --noise erode_or_dilate=0.7 --noise distort_boundary=0.25
+    --set erode_or_dilate.radius=6,12` (PyMIC's for JSRT, which leaves 5 % clean)
+
+    Example: `noisyseg corrupt labels/ --out noisy/ --noise polygonize --target-dice 0.8`
+    """
+    from .training import corrupt as corruption
+    from .training.engine import progress
+
+    plan = corruption.plan(masks, folder, noises, _options(set_ or []), target_dice, seed, mm)
+    with progress(out) as bars:
+        task = bars.add_task("corrupting", total=len(plan.files), note="")
+        mean = corruption.write(plan, lambda: bars.advance(task))
+    out.print(f"mean Dice of the noisy masks: {mean:.4f}", highlight=False)
+    _say("contact sheet", folder / corruption.SHEET)
+
+
+@app.command()
 def methods() -> None:
     """List the training methods and their options.
 

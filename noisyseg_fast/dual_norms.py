@@ -112,10 +112,17 @@ def _check(
     channels = x.shape[1]
     if norm == "group" and (groups < 1 or channels % groups != 0):
         raise ValueError(f"groups must divide the {channels} channels of x, got {groups}")
-    named = {"weight": tensors[1], "bias": tensors[2], "running_mean": running_mean, "running_var": running_var}
+    named = {
+        "weight": tensors[1],
+        "bias": tensors[2],
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
     for name, v in named.items():
         if v is not None and tuple(v.shape) != (channels,):
-            raise ValueError(f"{name} has shape {tuple(v.shape)}; x has {channels} channels: pass ({channels},)")
+            raise ValueError(
+                f"{name} has shape {tuple(v.shape)}; x has {channels} channels: pass ({channels},)"
+            )
     if tensors[3] is not None and tuple(tensors[3].shape) not in ((channels,), (1,)):
         raise ValueError(f"slope has shape {tuple(tensors[3].shape)}; pass (1,) or ({channels},)")
     if tensors[3] is None and not isinstance(slope, (int, float)):
@@ -261,9 +268,7 @@ class _Options:
         workspace = _workspace(space, arrays, numbers)
         views = (view(stats), view(grad_x), *map(view, grads))
         _core.norm_backward(arrays, numbers, view(grad_y), *views, workspace.data_ptr(), space.exec)
-        return grad_x, *(
-            None if g is None else g.to(t.dtype) for g, t in zip(grads, parameters, strict=True)
-        )
+        return grad_x, *(None if g is None else g.to(t.dtype) for g, t in zip(grads, parameters, strict=True))
 
 
 def _dense(x: Tensor) -> tuple[Tensor, torch.memory_format]:
@@ -409,9 +414,7 @@ class _DualBatchNorm(DualNorm):
         use = not of.training or of.track_running_stats
         mean, var = (of.running_mean, of.running_var) if use else (None, None)
         training = of.training or (of.running_mean is None and of.running_var is None)
-        return self._apply_norm(
-            x, running_mean=mean, running_var=var, training=training, momentum=momentum
-        )
+        return self._apply_norm(x, running_mean=mean, running_var=var, training=training, momentum=momentum)
 
 
 class _DualInstanceNorm(DualNorm):

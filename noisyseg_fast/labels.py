@@ -151,9 +151,7 @@ def staple(
     performance = space.empty((v.batch, v.raters, v.classes, v.classes), "float64")
     rates = [space.empty((v.batch, v.raters, v.classes), "float64") for _ in range(2)]
     status = space.empty((v.batch, 2), "int32")
-    work = space.empty(
-        (_core.staple_workspace(v.batch, slots, v.raters, v.classes, space.exec),), "uint8"
-    )
+    work = space.empty((_core.staple_workspace(v.batch, slots, v.raters, v.classes, space.exec),), "uint8")
     views = (space.view(x) for x in (values, labels, performance, *rates, status, work))
     _core.staple(
         None if keys is None else space.view(keys),
@@ -217,9 +215,7 @@ def simple(
         )
     out = _image(v.space, (v.batch, v.pixels), v.space.dtype(annotations))
     where = _to(v.space, table)
-    _core.spread(
-        v.space.view(index), None, None, v.space.view(where), v.space.view(out), v.space.exec
-    )
+    _core.spread(v.space.view(index), None, None, v.space.view(where), v.space.view(out), v.space.exec)
     return Simple(
         v.back(out.reshape((v.batch, *v.size))),
         *(v.back(_to(v.space, x)) for x in (selected, weights, iterations)),
@@ -260,7 +256,9 @@ def soft_average(
         given = _to(v.space, host)
     shape = v.size if num_classes is None else (v.classes, *v.size)
     out = _image(v.space, (v.batch, *shape), kind)
-    if v.space.dtype(annotations) in _arrays.LABELS and v.patterns <= _DIRECT:  # bytes of patterns, not doubles
+    if (
+        v.space.dtype(annotations) in _arrays.LABELS and v.patterns <= _DIRECT
+    ):  # bytes of patterns, not doubles
         index, _, _ = _patterns(v)
         values = _to(v.space, _means(v, host))
         flat = out.reshape((v.batch, -1, v.pixels))
@@ -319,7 +317,9 @@ def _draw(v: _Votes, generator: Any) -> tuple[Any, Any]:
         import torch
 
         if not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator for torch tensors, got {type(generator).__name__}")
+            raise TypeError(
+                f"generator must be a torch.Generator for torch tensors, got {type(generator).__name__}"
+            )
         device = "cpu" if v.space.device < 0 else f"cuda:{v.space.device}"
         u = torch.rand(v.batch, generator=generator, device=generator.device, dtype=torch.float64).to(device)
         if v.present_array is None:
@@ -487,9 +487,7 @@ def _mean_dice(truth: HostArray, vote: HostArray, n: HostArray, classes: int) ->
     return float(_scores(_confusion(np.where(outside, classes, truth), vote, n, classes))[2, 1:].mean())
 
 
-def _weighted_vote(
-    digits: HostArray, weights: HostArray, classes: int, rule: int, value: int
-) -> HostArray:
+def _weighted_vote(digits: HostArray, weights: HostArray, classes: int, rule: int, value: int) -> HostArray:
     score = np.stack([(digits == c) @ weights for c in range(classes)], 1)
     most = score.max(1)
     equal = score >= most[:, None] * (1 - 1e-12)
@@ -600,7 +598,9 @@ def _votes(
         _arrays.check_dtype("fusion", space.dtype(fusion), _arrays.LABELS)
         expected = size if not batched else (batch, *size)
         if tuple(fusion.shape) != expected:
-            raise ValueError(f"fusion has shape {tuple(fusion.shape)}; for these annotations it must be {expected}")
+            raise ValueError(
+                f"fusion has shape {tuple(fusion.shape)}; for these annotations it must be {expected}"
+            )
         a, c, n, s = space.view(fusion)
         fused = (a, c, n, s) if batched else (a, c, (1, *n), (0, *s))
     can_miss = not (num_classes is None and missing is None and mask is None)

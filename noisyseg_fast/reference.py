@@ -951,6 +951,8 @@ def norm_act_jvp(
     before_dot = normed_dot * gamma + d * r * shaped(weight_dot, 0) + shaped(bias_dot, 0)
     negative_dot = s * before_dot + before * shaped(slope_dot, 0)
     return torch.where(before > 0, before, s * before), torch.where(before > 0, before_dot, negative_dot)
+
+
 # ---- weight nets ----------------------------------------------------------------------------------
 
 

@@ -57,4 +57,5 @@ PYBIND11_MODULE(_core, m) {
   noisyseg::bind_labels(m);
   noisyseg::bind_norms(m);
   noisyseg::bind_meta(m);
+  noisyseg::bind_noise(m);
 }
