@@ -48,7 +48,7 @@ def ce_dual(z: Any, zdot: Any, y: Any, *, activation: str | None = None) -> tupl
 
     z, zdot (B, C, *S): logits and their tangent, float16, bfloat16, float32 or float64. y: class numbers (B, *S) or
     (B, 1, *S), uint8 (the cheapest), bool, int32 or int64, or soft labels (B, C, *S). L, Ldot (B, *S), float64 if z
-    or zdot is, else float32. activation: "sigmoid" (each channel for itself, L their sum), "softmax", or None:
+    or zdot is, else float32. activation: "sigmoid" (each channel for itself, L their mean), "softmax", or None:
     sigmoid for one channel, softmax for several. L is `pixel_loss(z, y, reduction="none")`.
 
     Labels out of range raise ValueError; on CUDA, where looking would mean waiting, such pixels are NaN. Where a
@@ -125,9 +125,7 @@ def mw_net(L: Any, theta: MWNetTheta | Sequence[Any]) -> Any:
     return _net("mw_net", L, theta)
 
 
-def mw_net_vjp(
-    dR: Any, R: Any, L: Any, theta: MWNetTheta | Sequence[Any], *, attached: bool = False
-) -> Any:
+def mw_net_vjp(dR: Any, R: Any, L: Any, theta: MWNetTheta | Sequence[Any], *, attached: bool = False) -> Any:
     """dtheta, a `MWNetTheta`, for R = mw_net(L, theta); attached=True gives (dtheta, dL). Outside autograd."""
     return _net_vjp("mw_net", dR, R, L, theta, attached)
 
@@ -140,6 +138,13 @@ class MaskNet(Module):
     >>> net = MaskNet(spatial_dims=2)
     >>> R = net(L.detach())                # (B, H, W) float32
     """
+
+    w3: Any
+    b3: Any
+    w5: Any
+    b5: Any
+    w1: Any
+    b1: Any
 
     def __init__(self, spatial_dims: int = 2, width: int | tuple[int, int] = 16) -> None:
         if spatial_dims not in (2, 3):
@@ -184,6 +189,11 @@ class MWNet(Module):
 
     >>> R = MWNet()(L.detach())
     """
+
+    w1: Any
+    b1: Any
+    w2: Any
+    b2: Any
 
     def __init__(self, hidden: int = 100) -> None:
         if not isinstance(hidden, int) or not 1 <= hidden <= MOST_HIDDEN:
@@ -244,7 +254,9 @@ def _checked(
         if x is None:
             raise TypeError(f"{name} must be an array, not None")
     if not isinstance(theta, (tuple, list)) or len(theta) != len(type_._fields):
-        raise TypeError(f"theta must be a {type_.__name__} or {len(type_._fields)} arrays, got {type(theta).__name__}")
+        raise TypeError(
+            f"theta must be a {type_.__name__} or {len(type_._fields)} arrays, got {type(theta).__name__}"
+        )
     named = dict(zip((f"theta.{f}" for f in type_._fields), theta, strict=True))
     for name, x in named.items():
         if x is None:
@@ -269,7 +281,9 @@ def _checked(
             raise ValueError(f"theta.w5 must be (K, 5, 5) or (K, 5, 5, 5), got shape {given[2]}")
         wanted = [(*k3, *[3] * dims), k3, (*k5, *[5] * dims), k5, (k3[0] + k5[0] + 1,), (1,)]
         if len(shape) != dims + 1:
-            raise ValueError(f"L has shape {shape}; with {dims}-dimensional theta.w3 it must be (B, {'DHW'[-dims:]})")
+            raise ValueError(
+                f"L has shape {shape}; with {dims}-dimensional theta.w3 it must be (B, {'DHW'[-dims:]})"
+            )
     else:
         hidden = given[0][0] if len(given[0]) == 1 else 0
         if not 1 <= hidden <= MOST_HIDDEN:
@@ -349,7 +363,9 @@ def _map(kind: str, space: _arrays.Namespace, x: Any) -> _arrays.View:
 def _workspace(
     kind: str, space: _arrays.Namespace, L: _arrays.View, theta: Any, *attached: bool
 ) -> tuple[Any, int]:
-    memory = space.empty((getattr(_core, f"{kind}_workspace")(L, theta, *attached, space.exec) // 8,), "float64")
+    memory = space.empty(
+        (getattr(_core, f"{kind}_workspace")(L, theta, *attached, space.exec) // 8,), "float64"
+    )
     return memory, space.view(memory)[0]
 
 
@@ -391,7 +407,11 @@ def ce_values(space: _arrays.Namespace, z: Any, zdot: Any, y: Any, softmax: bool
     dtype = "float64" if "float64" in (space.dtype(z), space.dtype(zdot)) else "float32"
     shape = (z.shape[0], *z.shape[2:])
     loss, loss_dot = space.empty(shape, dtype), space.empty(shape, dtype)
-    good = _core.ce_dual(*(space.view(x) for x in (z, zdot, y)), softmax, space.view(loss), space.view(loss_dot), space.exec)
+    good = _core.ce_dual(
+        *(space.view(x) for x in (z, zdot, y)), softmax, space.view(loss), space.view(loss_dot), space.exec
+    )
     if not good:
-        raise ValueError(f"y holds a label outside 0..{max(int(z.shape[1]) - 1, 1)}, the classes that z has channels for")
+        raise ValueError(
+            f"y holds a label outside 0..{max(int(z.shape[1]) - 1, 1)}, the classes that z has channels for"
+        )
     return loss, loss_dot

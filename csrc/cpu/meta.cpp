@@ -1,8 +1,8 @@
 // The meta-gradient's pixel work on the CPU.
 //
-// Bytes per pixel, fp32: cross-entropy and its tangent 8 C + 1 (uint8 labels) read, 8 written; the weight nets 4
-// read, 4 written forward, 12 read in reverse (and 4 written for the gradient by the loss map). The hidden
-// activations never leave the L1 cache.
+// Bytes per pixel, fp32: cross-entropy and its tangent 8 C + 1 (uint8 labels) read, 8 written; the weight
+// nets 4 read, 4 written forward, 12 read in reverse (and 4 written for the gradient by the loss map). The
+// hidden activations never leave the L1 cache.
 #include "noisyseg/meta.h"
 
 #include "cpu/planes.h"
@@ -34,8 +34,8 @@ struct CeDual {
     return load(x, p.layout, b * x.batch + c * x.channel, q, n, buffer);
   }
 
-  // loss += the binary cross-entropy of z along dz, in loops of their own: a CPU looks only some forty operations
-  // ahead.
+  // loss += the binary cross-entropy of z along dz, in loops of their own: a CPU looks only some forty
+  // operations ahead.
   static void add_binary(const T* z, const T* dz, const T* g, int n, T* loss, T* dot) {
     T e[block_pixels];
 #pragma GCC ivdep
@@ -116,6 +116,8 @@ struct CeDual {
         }
         add_binary(z, dz, g, np, loss, dot);
       }
+      const T share = T(1) / static_cast<T>(channels);
+      for (int i = 0; i < np; ++i) loss[i] *= share, dot[i] *= share;
     }
     if (loss == losses) store(p.loss, p.layout, b * p.loss.batch, q, n, loss);
     if (dot == dots) store(p.loss_dot, p.layout, b * p.loss_dot.batch, q, n, dot);
@@ -139,9 +141,10 @@ struct CeDual {
 
 // ---- the mask net ---------------------------------------------------------------------------------
 //
-// Work goes by tiles of 8 x 64 pixels (3D: 2 x 4 x 64), brought into the L1 cache with a border of 2. A hidden
-// channel's activations and slopes exist for one tile only, four channels at a time; vectors lie along x. In
-// reverse every parameter has one running sum for each lane, which go into sums in double every eight tiles.
+// Work goes by tiles of 8 x 64 pixels (3D: 2 x 4 x 64), brought into the L1 cache with a border of 2. A
+// hidden channel's activations and slopes exist for one tile only, four channels at a time; vectors lie along
+// x. In reverse every parameter has one running sum for each lane, which go into sums in double every eight
+// tiles.
 
 #if defined(__AVX512F__)
 constexpr int vector_bytes = 64;
@@ -266,20 +269,6 @@ inline __attribute__((always_inline)) void convolve(const Tiling& t, const T* ti
     }
 }
 
-template <class T>
-struct Weights {
-  const T *w3, *b3, *w5, *b5, *w1, *b1;
-  MaskNetLayout at;
-  explicit Weights(const MaskNet& net)
-      : w3(static_cast<const T*>(net.w3.data)),
-        b3(static_cast<const T*>(net.b3.data)),
-        w5(static_cast<const T*>(net.w5.data)),
-        b5(static_cast<const T*>(net.b5.data)),
-        w1(static_cast<const T*>(net.w1.data)),
-        b1(static_cast<const T*>(net.b1.data)),
-        at(mask_net_layout(net)) {}
-};
-
 // Four channels at a time, then one by one: f(how many, first)
 template <int K>
 struct Count {
@@ -296,7 +285,7 @@ template <class T>
 struct Mask {
   static constexpr int lanes_ = width_of<T>, step = pair * lanes_;
   const Tiling t;
-  const Weights<T> net;
+  const MaskWeights<T> net;
 
   template <int N>
   inline __attribute__((always_inline)) void add_hidden(const T* tile, int z, int y, int x, const T* w,
@@ -327,7 +316,8 @@ struct Mask {
           Vector<T> logit[pair];
 #pragma GCC unroll 2
           for (int i = 0; i < pair; ++i)
-            logit[i] = net.w1[net.at.k3 + net.at.k5] * NOISYSEG_VECTOR(T, centre + x + i * lanes_) + net.b1[0];
+            logit[i] =
+                net.w1[net.at.k3 + net.at.k5] * NOISYSEG_VECTOR(T, centre + x + i * lanes_) + net.b1[0];
           add_hidden<3>(tile, z, y, x, net.w3, net.b3, net.w1, net.at.k3, net.at.taps3, logit);
           add_hidden<5>(tile, z, y, x, net.w5, net.b5, net.w1 + net.at.k3, net.at.k5, net.at.taps5, logit);
 #pragma GCC unroll 2
@@ -346,8 +336,8 @@ struct Mask {
   // What one thread works with.
   struct Scratch {
     alignas(64) T tile[most_rows * pitch];
-    alignas(64) T by_tile[most_rows * pitch];  // the gradient by `tile`
-    alignas(64) T slope[tile_pixels];          // by the logit
+    alignas(64) T by_tile[most_rows * pitch];    // the gradient by `tile`
+    alignas(64) T slope[tile_pixels];            // by the logit
     alignas(64) T hidden[4 * tile_rows * wide];  // slopes by the activations
   };
 
@@ -381,7 +371,8 @@ struct Mask {
         for (int dy = 0; dy < N; ++dy) {
           Vector<T> sum[G][N] = {};
           for (int row = 0; row < rows; ++row) {
-            const T* from = s.tile + ((row / p.ny + dz + off_z) * t.rows() + row % p.ny + dy + off) * pitch + off;
+            const T* from =
+                s.tile + ((row / p.ny + dz + off_z) * t.rows() + row % p.ny + dy + off) * pitch + off;
             const T* d = s.hidden + (g * tile_rows + row) * wide + margin;
             for (int x = 0; x < nx; x += lanes_) {
               Vector<T> slope[G];
@@ -419,8 +410,8 @@ struct Mask {
         }
   }
 
-  void reverse_tile(const Place& p, const Volume& grad, const Volume& weight, const Volume& loss, bool attached,
-                    Scratch& s, Vector<T>* sums) const {
+  void reverse_tile(const Place& p, const Volume& grad, const Volume& weight, const Volume& loss,
+                    bool attached, Scratch& s, Vector<T>* sums) const {
     const MaskNetLayout& at = net.at;
     const T own = net.w1[at.k3 + at.k5];
     load_tile(t, p, loss, s.tile);
@@ -444,18 +435,19 @@ struct Mask {
       }
     }
     in_groups(at.k3, [&](auto count, int64_t k) {
-      group<3, decltype(count)::value>(p, s, attached, net.w3 + k * at.taps3, net.b3 + k, net.w1 + k, at.taps3,
-                                       sums + at.w3 + k * at.taps3, sums + at.b3 + k, sums + at.w1 + k);
+      group<3, decltype(count)::value>(p, s, attached, net.w3 + k * at.taps3, net.b3 + k, net.w1 + k,
+                                       at.taps3, sums + at.w3 + k * at.taps3, sums + at.b3 + k,
+                                       sums + at.w1 + k);
     });
     in_groups(at.k5, [&](auto count, int64_t k) {
-      group<5, decltype(count)::value>(p, s, attached, net.w5 + k * at.taps5, net.b5 + k,
-                                       net.w1 + at.k3 + k, at.taps5, sums + at.w5 + k * at.taps5,
-                                       sums + at.b5 + k, sums + at.w1 + at.k3 + k);
+      group<5, decltype(count)::value>(p, s, attached, net.w5 + k * at.taps5, net.b5 + k, net.w1 + at.k3 + k,
+                                       at.taps5, sums + at.w5 + k * at.taps5, sums + at.b5 + k,
+                                       sums + at.w1 + at.k3 + k);
     });
   }
 
-  // Workspace: partial sums (items, parameters) in double, running sums (threads, parameters) in vectors, and if
-  // attached the gradient by each tile with its border.
+  // Workspace: partial sums (items, parameters) in double, running sums (threads, parameters) in vectors, and
+  // if attached the gradient by each tile with its border.
   int64_t partial_bytes() const { return aligned(t.items() * net.at.size * 8); }
   int64_t running_bytes() const { return aligned(net.at.size * vector_bytes); }
   int64_t tile_values() const { return t.padded_rows() * pitch; }
@@ -525,7 +517,8 @@ struct Mask {
         for (int ny = -1; ny <= 1; ++ny)
           for (int nx = -1; nx <= 1; ++nx) {
             const int64_t tz = p.z / t.tz + nz, ty = p.y / t.ty + ny, tx = p.x / tile_x + nx;
-            if (tz < 0 || tz >= t.count[0] || ty < 0 || ty >= t.count[1] || tx < 0 || tx >= t.count[2]) continue;
+            if (tz < 0 || tz >= t.count[0] || ty < 0 || ty >= t.count[1] || tx < 0 || tx >= t.count[2])
+              continue;
             // where this row lies in the neighbour, its border included
             const int from_z = z - nz * t.tz + t.border_z(), from_y = y - ny * t.ty + border;
             if (from_z < 0 || from_z >= t.planes() || from_y < 0 || from_y >= t.rows()) continue;
@@ -543,10 +536,10 @@ struct Mask {
 
 // ---- the pixel-wise MWNet -------------------------------------------------------------------------
 //
-// An MLP of one number is piecewise linear before its sigmoid: sorted by the thresholds where the H units switch,
-// every segment has one slope and one intercept. So a pixel costs one look-up instead of H units, and reverse
-// needs only each segment's sums of s and s L, of which the units' gradients are partial sums: the same numbers
-// but for the order of additions.
+// An MLP of one number is piecewise linear before its sigmoid: sorted by the thresholds where the H units
+// switch, every segment has one slope and one intercept. So a pixel costs one look-up instead of H units, and
+// reverse needs only each segment's sums of s and s L, of which the units' gradients are partial sums: the
+// same numbers but for the order of additions.
 
 constexpr int cells_of_half = 448;  // 28 binary orders of magnitude, 16 cells each
 constexpr int cells = 2 * cells_of_half;
@@ -554,16 +547,17 @@ constexpr int64_t most_groups = 256;
 
 template <class T>
 struct Pieces {
-  T threshold[most_hidden + 1];  // of the units that switch, ascending, then infinity
+  T threshold[most_hidden + 1];                          // of the units that switch, ascending, then infinity
   T slope[most_hidden + 1], intercept[most_hidden + 1];  // of the segment below each threshold
-  double edge[most_hidden];     // unsorted, as the doubles that compare alike
-  uint16_t rank[most_hidden];   // of each unit's threshold; `never` for one that does not switch
-  uint16_t start[cells];        // thresholds in all cells before this one
-  int count, steps;             // thresholds; the most of them in one cell
+  double edge[most_hidden];                              // unsorted, as the doubles that compare alike
+  uint16_t rank[most_hidden];  // of each unit's threshold; `never` for one that does not switch
+  uint16_t start[cells];       // thresholds in all cells before this one
+  int count, steps;            // thresholds; the most of them in one cell
 };
 constexpr uint16_t never = 0xffff;
 
-// Cells that follow the numbers' own spacing: sixteen for each power of two from 2^-20 to 2^8, of either sign.
+// Cells that follow the numbers' own spacing: sixteen for each power of two from 2^-20 to 2^8, of either
+// sign.
 inline int cell_of(float x) {
   const int32_t bits = float_to_bits(x);
   int32_t at = ((bits & 0x7fffffff) >> 19) - ((127 - 20) << 4);
@@ -581,9 +575,10 @@ template <class T>
 T threshold_of(T w, T b) {
   const T infinity = static_cast<T>(__builtin_inf());
   const auto above = [&](T x) {  // whether x belongs to the segment above the threshold; the sign is exact
-    const double sum = sizeof(T) == 4 ? static_cast<double>(w) * static_cast<double>(x) + static_cast<double>(b)
-                                      : __builtin_fma(static_cast<double>(w), static_cast<double>(x),
-                                                      static_cast<double>(b));
+    const double sum =
+        sizeof(T) == 4
+            ? static_cast<double>(w) * static_cast<double>(x) + static_cast<double>(b)
+            : __builtin_fma(static_cast<double>(w), static_cast<double>(x), static_cast<double>(b));
     return w > T(0) ? sum > 0 : !(sum > 0);
   };
   T x = -b / w;
@@ -593,20 +588,21 @@ T threshold_of(T w, T b) {
   return x == T(0) ? T(0) : x;  // -0 has another cell
 }
 
+// Whether a unit is on at the far left: w < 0 is, and of those that never switch the ones with b > 0.
+template <class T>
+bool on_at_left(T w, T b) {
+  return w < T(0) || (!(w > T(0)) && !(b <= T(0)));
+}
+
 template <class T>
 struct Mw {
-  const T *w1, *b1, *w2, *b2;
-  int64_t hidden;
-  explicit Mw(const MwNet& net)
-      : w1(static_cast<const T*>(net.w1.data)),
-        b1(static_cast<const T*>(net.b1.data)),
-        w2(static_cast<const T*>(net.w2.data)),
-        b2(static_cast<const T*>(net.b2.data)),
-        hidden(net.w1.shape[0]) {}
+  const MwWeights<T> net;
 
   void prepare(Pieces<T>& p) const {
+    const T *w1 = net.w1, *b1 = net.b1, *w2 = net.w2;
+    const int64_t hidden = net.hidden;
     const double infinity = __builtin_inf();
-    double slope = 0, intercept = static_cast<double>(b2[0]);
+    double slope = 0, intercept = static_cast<double>(net.b2[0]);
     double by_slope[most_hidden], by_intercept[most_hidden];  // what changes at each threshold
     p.count = 0;
     for (int64_t j = 0; j < hidden; ++j) {
@@ -616,9 +612,8 @@ struct Mw {
       const bool switches = p.edge[j] < infinity;
       p.count += switches;
       p.rank[j] = switches ? 0 : never;
-      // at the far left: units with w < 0 are on, and of those that never switch the ones with b > 0
-      if (switches ? w1[j] < T(0) : (w1[j] < T(0) || (!(w1[j] > T(0)) && !(b1[j] <= T(0)))))
-        slope += a, intercept += c;
+      intercept += 0 * (a + c);  // NaN spreads
+      if (on_at_left(w1[j], b1[j])) slope += a, intercept += c;
     }
     for (int64_t j = 0; j < hidden; ++j) {
       if (p.rank[j] == never) continue;
@@ -680,8 +675,8 @@ int64_t groups_of(const Layout& layout) {
 }
 
 template <class T>
-void mw_forward(const MwPlanes& p, const Mw<T>& net, Pieces<T>& pieces, const Exec& exec) {
-  net.prepare(pieces);
+void mw_forward(const MwPlanes& p, const MwWeights<T>& net, Pieces<T>& pieces, const Exec& exec) {
+  Mw<T>{net}.prepare(pieces);
   const int64_t groups = groups_of(p.layout);
   const int threads = threads_for(exec, 4 * p.layout.batch * p.layout.pixels());
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -703,9 +698,9 @@ void mw_forward(const MwPlanes& p, const Mw<T>& net, Pieces<T>& pieces, const Ex
 constexpr int copies = 4;  // of a group's sums, so that additions need not wait for each other
 
 template <class T>
-void mw_reverse(const MwPlanes& p, const Mw<T>& net, Pieces<T>& pieces, double* partial, T* grad_net,
+void mw_reverse(const MwPlanes& p, const MwWeights<T>& net, Pieces<T>& pieces, double* partial, T* grad_net,
                 const Exec& exec) {
-  net.prepare(pieces);
+  Mw<T>{net}.prepare(pieces);
   typedef double Two __attribute__((vector_size(16)));
   const int64_t groups = groups_of(p.layout), segments = pieces.count + 1;
   const int64_t size = 2 * copies * (net.hidden + 1);
@@ -743,21 +738,20 @@ void mw_reverse(const MwPlanes& p, const Mw<T>& net, Pieces<T>& pieces, double* 
   const int64_t hidden = net.hidden;
   for (int64_t j = 0; j < hidden; ++j) {
     const uint16_t rank = pieces.rank[j];
-    const double w1 = static_cast<double>(net.w1[j]), b1 = static_cast<double>(net.b1[j]);
-    const double w2 = static_cast<double>(net.w2[j]);
     double on[2];  // sums over the pixels where the unit is on
     for (int v = 0; v < 2; ++v) {
-      const bool always = w1 < 0 || (!(w1 > 0) && !(b1 <= 0));
-      on[v] = rank == never ? (always ? total[v] : 0.0) : w1 > 0 ? total[v] - below[rank][v] : below[rank][v];
+      const T w1 = net.w1[j];
+      on[v] = rank == never ? (on_at_left(w1, net.b1[j]) ? total[v] : 0.0)
+              : w1 > T(0)   ? total[v] - below[rank][v]
+                            : below[rank][v];
     }
-    grad_net[j] = static_cast<T>(w2 * on[1]);
-    grad_net[hidden + j] = static_cast<T>(w2 * on[0]);
-    grad_net[2 * hidden + j] = static_cast<T>(w1 * on[1] + b1 * on[0]);
+    mw_unit_gradient(net, j, on[0], on[1], grad_net);
   }
   grad_net[3 * hidden] = static_cast<T>(total[0]);
 }
 
-MwPlanes make_planes(const Array& loss, const Array& weight, const Array& grad_weight, const Array& grad_loss) {
+MwPlanes make_planes(const Array& loss, const Array& weight, const Array& grad_weight,
+                     const Array& grad_loss) {
   const Array arrays[4] = {loss, weight, grad_weight, grad_loss};
   Plane planes[4];
   MwPlanes p;
@@ -785,17 +779,17 @@ bool ce_dual(const Array& logits, const Array& logits_dot, const Array& target, 
 void mask_net(const Array& loss, const MaskNet& net, const Array& weight, const Exec& exec) {
   if (!loss.size()) return;
   if (loss.dtype == DType::f64)
-    Mask<double>{Tiling(loss), Weights<double>(net)}.forward(volume_of(loss), volume_of(weight), exec);
+    Mask<double>{Tiling(loss), mask_weights<double>(net)}.forward(volume_of(loss), volume_of(weight), exec);
   else
-    Mask<float>{Tiling(loss), Weights<float>(net)}.forward(volume_of(loss), volume_of(weight), exec);
+    Mask<float>{Tiling(loss), mask_weights<float>(net)}.forward(volume_of(loss), volume_of(weight), exec);
 }
 
 size_t mask_net_workspace(const Array& loss, const MaskNet& net, bool attached, const Exec& exec) {
   if (loss.dtype == DType::f64) {
-    const Mask<double> mask{Tiling(loss), Weights<double>(net)};
+    const Mask<double> mask{Tiling(loss), mask_weights<double>(net)};
     return mask.workspace(attached, mask.threads(exec));
   }
-  const Mask<float> mask{Tiling(loss), Weights<float>(net)};
+  const Mask<float> mask{Tiling(loss), mask_weights<float>(net)};
   return mask.workspace(attached, mask.threads(exec));
 }
 
@@ -806,13 +800,14 @@ void mask_net_vjp(const Array& grad_weight, const Array& weight, const Array& lo
                  exec);
   };
   if (loss.dtype == DType::f64)
-    run(Mask<double>{Tiling(loss), Weights<double>(net)});
+    run(Mask<double>{Tiling(loss), mask_weights<double>(net)});
   else
-    run(Mask<float>{Tiling(loss), Weights<float>(net)});
+    run(Mask<float>{Tiling(loss), mask_weights<float>(net)});
 }
 
 size_t mw_net_workspace(const Array& loss, const MwNet& net, const Exec&) {
-  const int64_t pieces = static_cast<int64_t>(loss.dtype == DType::f64 ? sizeof(Pieces<double>) : sizeof(Pieces<float>));
+  const int64_t pieces =
+      static_cast<int64_t>(loss.dtype == DType::f64 ? sizeof(Pieces<double>) : sizeof(Pieces<float>));
   int64_t pixels = 1;
   for (int i = 2; i < loss.rank; ++i) pixels *= loss.shape[i];
   const int64_t items = loss.shape[0] * ((pixels + chunk_pixels - 1) / chunk_pixels);
@@ -823,9 +818,9 @@ size_t mw_net_workspace(const Array& loss, const MwNet& net, const Exec&) {
 void mw_net(const Array& loss, const MwNet& net, const Array& weight, void* workspace, const Exec& exec) {
   const MwPlanes p = make_planes(loss, weight, Array{}, Array{});
   if (loss.dtype == DType::f64)
-    mw_forward(p, Mw<double>(net), *static_cast<Pieces<double>*>(align(workspace)), exec);
+    mw_forward(p, mw_weights<double>(net), *static_cast<Pieces<double>*>(align(workspace)), exec);
   else
-    mw_forward(p, Mw<float>(net), *static_cast<Pieces<float>*>(align(workspace)), exec);
+    mw_forward(p, mw_weights<float>(net), *static_cast<Pieces<float>*>(align(workspace)), exec);
 }
 
 void mw_net_vjp(const Array& grad_weight, const Array& weight, const Array& loss, const MwNet& net,
@@ -833,14 +828,14 @@ void mw_net_vjp(const Array& grad_weight, const Array& weight, const Array& loss
   const MwPlanes p = make_planes(loss, weight, grad_weight, grad_loss);
   const auto run = [&](const auto& mw, auto& pieces) {
     using T = decltype(pieces.slope[0] + pieces.slope[0]);
-    double* partial =
-        reinterpret_cast<double*>(reinterpret_cast<char*>(&pieces) + aligned(static_cast<int64_t>(sizeof pieces)));
+    double* partial = reinterpret_cast<double*>(reinterpret_cast<char*>(&pieces) +
+                                                aligned(static_cast<int64_t>(sizeof pieces)));
     mw_reverse(p, mw, pieces, partial, static_cast<T*>(grad_net.data), exec);
   };
   if (loss.dtype == DType::f64)
-    run(Mw<double>(net), *static_cast<Pieces<double>*>(align(workspace)));
+    run(mw_weights<double>(net), *static_cast<Pieces<double>*>(align(workspace)));
   else
-    run(Mw<float>(net), *static_cast<Pieces<float>*>(align(workspace)));
+    run(mw_weights<float>(net), *static_cast<Pieces<float>*>(align(workspace)));
 }
 
 }  // namespace noisyseg::NOISYSEG_ISA
@@ -849,8 +844,7 @@ NOISYSEG_API(bool, ce_dual,
              (const Array& logits, const Array& logits_dot, const Array& target, bool softmax,
               const Array& loss, const Array& loss_dot, const Exec& exec),
              (logits, logits_dot, target, softmax, loss, loss_dot, exec))
-NOISYSEG_API(void, mask_net,
-             (const Array& loss, const MaskNet& net, const Array& weight, const Exec& exec),
+NOISYSEG_API(void, mask_net, (const Array& loss, const MaskNet& net, const Array& weight, const Exec& exec),
              (loss, net, weight, exec))
 NOISYSEG_API(size_t, mask_net_workspace,
              (const Array& loss, const MaskNet& net, bool attached, const Exec& exec),

@@ -11,7 +11,8 @@ struct LossDot {
   T loss, dot;
 };
 
-// softplus(z) - g z and (sigmoid(z) - g) dz, for labels g in [0, 1]; e = e^-|z|. No cancellation at either end.
+// softplus(z) - g z and (sigmoid(z) - g) dz, for labels g in [0, 1]; e = e^-|z|. No cancellation at either
+// end.
 template <class T>
 NOISYSEG_FORMULA LossDot<T> binary_ce_dual(T z, T dz, T g, T e) {
   const T large = T(1) / (T(1) + e), small = e * large;
@@ -56,6 +57,38 @@ NOISYSEG_FORMULA MaskNetLayout mask_net_layout(const MaskNet& net) {
   o.w1 = o.b5 + o.k5, o.b1 = o.w1 + o.k3 + o.k5 + 1;
   o.size = o.b1 + 1;
   return o;
+}
+
+// The nets' parameters.
+template <class T>
+struct MaskWeights {
+  const T *w3, *b3, *w5, *b5, *w1, *b1;
+  MaskNetLayout at;
+};
+template <class T>
+NOISYSEG_FORMULA MaskWeights<T> mask_weights(const MaskNet& net) {
+  const auto of = [](const Array& a) { return static_cast<const T*>(a.data); };
+  return {of(net.w3), of(net.b3), of(net.w5), of(net.b5), of(net.w1), of(net.b1), mask_net_layout(net)};
+}
+template <class T>
+struct MwWeights {
+  const T *w1, *b1, *w2, *b2;
+  int64_t hidden;
+};
+template <class T>
+NOISYSEG_FORMULA MwWeights<T> mw_weights(const MwNet& net) {
+  const auto of = [](const Array& a) { return static_cast<const T*>(a.data); };
+  return {of(net.w1), of(net.b1), of(net.w2), of(net.b2), net.w1.shape[0]};
+}
+// The gradient of unit j's parameters from the sums of s and s L over the pixels where it is on, s the
+// gradient by the logit: grad (w1, b1, w2), H numbers each.
+template <class T>
+NOISYSEG_FORMULA void mw_unit_gradient(const MwWeights<T>& net, int64_t j, double s, double s_loss, T* grad) {
+  const double w1 = static_cast<double>(net.w1[j]), b1 = static_cast<double>(net.b1[j]);
+  const double w2 = static_cast<double>(net.w2[j]);
+  grad[j] = static_cast<T>(w2 * s_loss);
+  grad[net.hidden + j] = static_cast<T>(w2 * s);
+  grad[2 * net.hidden + j] = static_cast<T>(w1 * s_loss + b1 * s);
 }
 
 // A map as (B, D, H, W), D = 1 in two dimensions.

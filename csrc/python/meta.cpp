@@ -27,10 +27,9 @@ void bind_meta(py::module_& m) {
         mask_net(loss, net_of<MaskNet>(net), weight, exec);
       },
       release_gil());
-  m.def("mask_net_workspace",
-        [](const Array& loss, const MaskArrays& net, bool attached, const Exec& exec) {
-          return mask_net_workspace(loss, net_of<MaskNet>(net), attached, exec);
-        });
+  m.def("mask_net_workspace", [](const Array& loss, const MaskArrays& net, bool attached, const Exec& exec) {
+    return mask_net_workspace(loss, net_of<MaskNet>(net), attached, exec);
+  });
   m.def(
       "mask_net_vjp",
       [](const Array& grad_weight, const Array& weight, const Array& loss, const MaskArrays& net,

@@ -8,10 +8,11 @@
 
 namespace noisyseg {
 
-// loss_dot is the derivative of loss along logits_dot. logits, logits_dot (B, C, *S) floats; target (B, *S) labels
-// u8, b8, i32, i64 or one map for each class, of any type; loss, loss_dot (B, *S) f32 or f64, in which all is
-// computed. Without softmax each channel counts for itself, and the loss is their sum. Returns whether all labels
-// are classes; on a CUDA device, where looking would mean waiting, the loss is NaN where they are not.
+// loss_dot is the derivative of loss along logits_dot. logits, logits_dot (B, C, *S) floats; target (B, *S)
+// labels u8, b8, i32, i64 or one map for each class, of any type; loss, loss_dot (B, *S) f32 or f64, in which
+// all is computed. Without softmax each channel counts for itself, and the loss is their mean. Returns
+// whether all labels are classes; on a CUDA device, where looking would mean waiting, the loss is NaN where
+// they are not.
 bool ce_dual(const Array& logits, const Array& logits_dot, const Array& target, bool softmax,
              const Array& loss, const Array& loss_dot, const Exec& exec);
 
@@ -31,7 +32,8 @@ struct MaskNet {
 void mask_net(const Array& loss, const MaskNet& net, const Array& weight, const Exec& exec);
 // Bytes of scratch memory for mask_net_vjp, aligned to 16.
 size_t mask_net_workspace(const Array& loss, const MaskNet& net, bool attached, const Exec& exec);
-// From the gradient by weight = mask_net(loss): by the parameters, and by loss, if grad_loss is given (attached).
+// From the gradient by weight = mask_net(loss): by the parameters, and by loss, if grad_loss is given
+// (attached).
 void mask_net_vjp(const Array& grad_weight, const Array& weight, const Array& loss, const MaskNet& net,
                   const Array& grad_net, const Array& grad_loss, void* workspace, const Exec& exec);
 
