@@ -69,7 +69,8 @@ def _adam_slope(p: Tensor, g: Tensor, s: State, h: Mapping[str, Any]) -> Tensor:
     denominator = root / scale + h["eps"]
     by_g = _divide(by_g, root) / scale  # of the denominator
     sign = -1 if h["maximize"] else 1
-    return -sign * h["lr"] / (1 - b1**t) * ((1 - b1) - m * by_g / denominator) / denominator
+    slope: Tensor = -sign * h["lr"] / (1 - b1**t) * ((1 - b1) - m * by_g / denominator) / denominator
+    return slope
 
 
 def _rmsprop(p: Tensor, g: Tensor, s: State, h: Mapping[str, Any]) -> tuple[Tensor, State]:
@@ -99,7 +100,9 @@ def _rmsprop_slope(p: Tensor, g: Tensor, s: State, h: Mapping[str, Any]) -> Tens
     root = n.clamp_min(0).sqrt()
     denominator = root + h["eps"]
     by_g = (1 - h["alpha"]) * _divide(by_g, root)
-    return -(-1 if h["maximize"] else 1) * h["lr"] * (1 - g * by_g / denominator) / denominator
+    sign = -1 if h["maximize"] else 1
+    slope: Tensor = -sign * h["lr"] * (1 - g * by_g / denominator) / denominator
+    return slope
 
 
 def _sqrt(n: Tensor) -> Tensor:

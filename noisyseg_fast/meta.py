@@ -47,6 +47,18 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from . import losses
 from ._update import Update
+from .dual_norms import fuse_dual_norms, unfuse_dual_norms  # noqa: F401  # looked for here
+from .weight_nets import (  # noqa: F401  # looked for here
+    MaskNet,
+    MaskNetTheta,
+    MWNet,
+    MWNetTheta,
+    ce_dual,
+    mask_net,
+    mask_net_vjp,
+    mw_net,
+    mw_net_vjp,
+)
 
 Tensor = torch.Tensor
 Tensors = dict[str, Tensor]
@@ -128,6 +140,7 @@ def pixel_meta_gradient(
     loss = cross_entropy_map if loss is None else loss
     run = _Run(net, loss, mode, attached, divisor, self_check)
     with torch.enable_grad(), _eager(net):
+        after: _Random | None = None
         steps, weights, states = [], rule.names, rule.states()
         shortcut = batches[0][2] is None
         for k, batch in enumerate(batches):
@@ -136,8 +149,7 @@ def pixel_meta_gradient(
                 step = _Step(batch, weights, {}, states, random, None, None, run.count_pixels(batch))
             else:
                 step = run.first_pass(batch, weights, states, random, keep_graph and k == 0)
-            if k == 0:
-                after = _Random(run.device)
+                after = _Random(run.device) if k == 0 else after
             steps.append(step)
             if not shortcut:
                 with torch.no_grad():
@@ -158,8 +170,9 @@ def pixel_meta_gradient(
             L, L_dot, curved = run.tangent(step, u, curvature=not last)
             if not last:
                 v = {n: v[n] + curved[n] if n in curved else v[n] for n in v}
-            results.append((*run.finish(step, L, L_dot),))
-        after.restore()
+            results.append(run.finish(step, L, L_dot))
+        if after is not None:  # otherwise the forward-mode pass was the ordinary one
+            after.restore()
     results.reverse()
     dR, maps, made, objectives = (list(column) for column in zip(*results, strict=True))
     known = [o for o in objectives if o is not None]
@@ -178,11 +191,6 @@ def cross_entropy_map(z: Tensor, y: Tensor) -> Tensor:
     activation = "sigmoid" if z.ndim > 1 and z.shape[1] == 1 else "softmax"
     loss: Tensor = losses.pixel_loss(z, y, activation=activation, reduction="none")
     return loss
-
-
-def ce_dual(z: Tensor, zdot: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(L, Ldot), each (B, *S): `cross_entropy_map(z, y)` and its derivative along zdot (B, C, *S)."""
-    return _loss_dual(cross_entropy_map, z, zdot, y)
 
 
 # ---- parts ----------------------------------------------------------------------------------------
@@ -585,6 +593,10 @@ def _weights(R: Any, argument: Tensor, loss_map: Tensor) -> Tensor:
 
 def _loss_dual(loss: Loss, z: Tensor, z_dot: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """(L, dL/dt) along z_dot, by forward mode, or by double-vjp where the loss has no rule for it."""
+    if loss is cross_entropy_map:
+        with torch.no_grad():
+            both: tuple[Tensor, Tensor] = ce_dual(z, z_dot, y)
+        return both
     try:
         with torch.no_grad(), forward_ad.dual_level():
             L, L_dot = _unpack(loss(forward_ad.make_dual(z.detach(), z_dot.detach().to(z)), y))
