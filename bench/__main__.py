@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from noisyseg_fast.timing import measure
 
-from . import distance, losses, metrics, report, task_losses, weight_nets
+from . import distance, losses, meta, metrics, report, task_losses, weight_nets
 
 FAMILIES = {
     "losses": losses,
@@ -23,6 +23,7 @@ FAMILIES = {
     "distance": distance,
     "metrics": metrics,
     "weight_nets": weight_nets,
+    "meta": meta,
 }
 
 

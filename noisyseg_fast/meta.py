@@ -7,7 +7,8 @@ lowers the loss on clean data. The gradient of that clean loss with respect to e
 
 with U the optimizer's update and g = (1/N) sum_i R_i dL_i/dW: one forward-mode pass over the noisy batch, no
 double backward, and the memory of an ordinary training step. `pixel_meta_gradient` does it all; `logit_jvp`,
-`ce_dual`, `update_vjp` and `head_hypergradient` are its parts, for loops of one's own; `unroll_reference` is the same by differentiating through the step, slow and large: the definition.
+`ce_dual`, `update_vjp` and `head_hypergradient` are its parts, for loops of one's own; `unroll_reference` is the same
+by differentiating through the step, slow and large: the definition.
 
 Needs torch. One iteration of MCPM, with the mask network's optimizer `theta_optimizer`:
 
@@ -42,9 +43,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
+from torch.nn.utils.stateless import _reparametrize_module
 
 from . import losses
+from ._update import Update
+from .dual_norms import fuse_dual_norms, unfuse_dual_norms  # noqa: F401  # looked for here
+from .weight_nets import (  # noqa: F401  # looked for here
+    MaskNet,
+    MaskNetTheta,
+    MWNet,
+    MWNetTheta,
+    ce_dual,
+    mask_net,
+    mask_net_vjp,
+    mw_net,
+    mw_net_vjp,
+)
 
 Tensor = torch.Tensor
 Tensors = dict[str, Tensor]
@@ -122,11 +136,12 @@ def pixel_meta_gradient(
     batches = _batches(x, y, R, several)
     _check_call(net, batches, x_clean, mode, attached)
     names = _names(net, params)
-    rule = _Update(update, names, clip_grad_norm, state, check_names=params is not None)
+    rule = Update(update, names, clip_grad_norm, state, check_names=params is not None)
     loss = cross_entropy_map if loss is None else loss
-    run = _Run(net, rule.names, loss, mode, attached, divisor, self_check)
+    run = _Run(net, loss, mode, attached, divisor, self_check)
     with torch.enable_grad(), _eager(net):
-        steps, weights, states = [], run.start(), rule.states()
+        after: _Random | None = None
+        steps, weights, states = [], rule.names, rule.states()
         shortcut = batches[0][2] is None
         for k, batch in enumerate(batches):
             random = _Random(run.device)
@@ -134,8 +149,7 @@ def pixel_meta_gradient(
                 step = _Step(batch, weights, {}, states, random, None, None, run.count_pixels(batch))
             else:
                 step = run.first_pass(batch, weights, states, random, keep_graph and k == 0)
-            if k == 0:
-                after = _Random(run.device)
+                after = _Random(run.device) if k == 0 else after
             steps.append(step)
             if not shortcut:
                 with torch.no_grad():
@@ -156,8 +170,9 @@ def pixel_meta_gradient(
             L, L_dot, curved = run.tangent(step, u, curvature=not last)
             if not last:
                 v = {n: v[n] + curved[n] if n in curved else v[n] for n in v}
-            results.append((*run.finish(step, L, L_dot),))
-        after.restore()
+            results.append(run.finish(step, L, L_dot))
+        if after is not None:  # otherwise the forward-mode pass was the ordinary one
+            after.restore()
     results.reverse()
     dR, maps, made, objectives = (list(column) for column in zip(*results, strict=True))
     known = [o for o in objectives if o is not None]
@@ -176,11 +191,6 @@ def cross_entropy_map(z: Tensor, y: Tensor) -> Tensor:
     activation = "sigmoid" if z.ndim > 1 and z.shape[1] == 1 else "softmax"
     loss: Tensor = losses.pixel_loss(z, y, activation=activation, reduction="none")
     return loss
-
-
-def ce_dual(z: Tensor, zdot: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(L, Ldot), each (B, *S): `cross_entropy_map(z, y)` and its derivative along zdot (B, C, *S)."""
-    return _loss_dual(cross_entropy_map, z, zdot, y)
 
 
 # ---- parts ----------------------------------------------------------------------------------------
@@ -244,7 +254,7 @@ def update_vjp(
     and RMSprop hardly depends on the size of the gradient, so that u is tiny, except where the gradient is about
     eps, where it is huge: a RuntimeWarning says so; take a few ordinary steps first.
     """
-    rule = _Update(update, params, clip_grad_norm, state, check_names=True)
+    rule = Update(update, params, clip_grad_norm, state, check_names=True)
     states, given = rule.states(), {n: g.detach() for n, g in grads.items()}
     values = {n: p.detach() for n, p in params.items()}
     with torch.no_grad():
@@ -299,13 +309,14 @@ def unroll_reference(
     net, several = _unwrap(net), isinstance(x, (list, tuple))
     batches = _batches(x, y, R, several)
     _check_call(net, batches, x_clean, "forward", attached)
-    rule = _Update(update, _names(net, params), clip_grad_norm, state, check_names=params is not None)
+    rule = Update(update, _names(net, params), clip_grad_norm, state, check_names=params is not None)
     loss = cross_entropy_map if loss is None else loss
     with torch.enable_grad(), _eager(net):
         weights = {n: p.detach().requires_grad_() for n, p in net.named_parameters()}
         start, states, made, maps = dict(weights), rule.states(), [], []
         for k, (x_k, y_k, R_k) in enumerate(batches):
-            L = loss(_call(net, weights, _copies(net), x_k), y_k)
+            with _at(net, weights, _copies(net)):
+                L = loss(_logits(net, x_k), y_k)
             if k == 0:
                 after = _Random(x_k.device)
             weight = _weights(R_k, L if attached else L.detach(), L)
@@ -322,7 +333,8 @@ def unroll_reference(
             weights = {**weights, **new}
             made.append((weight, shift))
             maps.append(L.detach())
-        meta_loss = _clean_loss(clean_loss or loss, _call(net, weights, _copies(net), x_clean), y_clean)
+        with _at(net, weights, _copies(net)):
+            meta_loss = (clean_loss or loss)(_logits(net, x_clean), y_clean).mean()
         shifts = [s for _, s in made]
         dR = list(torch.autograd.grad(meta_loss, shifts, retain_graph=True, materialize_grads=True))
         after.restore()
@@ -352,21 +364,21 @@ class _Run:
     def __init__(
         self,
         net: nn.Module,
-        names: Mapping[str, Tensor],
         loss: Loss,
         mode: str,
         attached: bool,
         divisor: float | None,
         self_check: bool,
     ) -> None:
-        self.net, self.names, self.loss = net, names, loss
+        self.net, self.loss = net, loss
         self.mode, self.attached, self.divisor, self.self_check = mode, attached, divisor, self_check
         self.buffers = {n: b.detach().clone() for n, b in net.named_buffers()}
-        self.device = next(iter(names.values())).device
+        self.device = next(net.parameters()).device
         self.distributed = _processes() > 1
 
-    def start(self) -> Tensors:
-        return dict(self.names)
+    def at(self, weights: Mapping[str, Tensor], own: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Net at these weights, with its own buffers or copies of what they were."""
+        return _at(self.net, weights, {} if own else _copies(self.net, self.buffers))
 
     def count_pixels(self, batch: tuple[Tensor, Tensor, Any], loss_map: Tensor | None = None) -> float:
         if self.divisor is not None:
@@ -396,19 +408,19 @@ class _Run:
     ) -> _Step:
         x, y, R = batch
         leaves = {n: w if w.requires_grad else w.requires_grad_() for n, w in weights.items()}
-        L = self.loss(_call(self.net, leaves, {} if keep else _copies(self.net, self.buffers), x), y)
-        weight = _weights(R, L if self.attached else L.detach(), L)
-        N = self.count_pixels(batch, L)
-        grads: Tensors = {}
-        if R is not None:
-            total = ((weight if self.attached else weight.detach()) * L).sum() / N
-            given = torch.autograd.grad(
-                total, list(leaves.values()), retain_graph=keep or None, allow_unused=True
-            )
-            grads = {n: g for n, g in zip(leaves, given, strict=True) if g is not None}
-            if self.attached:
-                weight = _weights(R, L.detach(), L)
-            grads = self.summed(grads)
+        with self.at(leaves, own=keep):
+            L = self.loss(_logits(self.net, x), y)
+            weight = _weights(R, L if self.attached else L.detach(), L)
+            N = self.count_pixels(batch, L)
+            grads: Tensors = {}
+            if R is not None:
+                total = ((weight if self.attached else weight.detach()) * L).sum() / N
+                given = torch.autograd.grad(
+                    total, list(leaves.values()), retain_graph=keep, allow_unused=True
+                )
+                grads = self.summed({n: g for n, g in zip(leaves, given, strict=True) if g is not None})
+        if self.attached:
+            weight = weight.detach()
         kept = L if keep else L.detach()
         return _Step(
             batch, {n: w.detach() for n, w in weights.items()}, grads, states, random, kept, weight, N
@@ -419,11 +431,11 @@ class _Run:
     ) -> tuple[Tensors, Tensor]:
         """(v, clean loss) at these weights."""
         leaves = {n: w.detach().requires_grad_() for n, w in weights.items()}
-        z = _call(self.net, leaves, _copies(self.net, self.buffers), x)
-        loss = _clean_loss(clean_loss or self.loss, z, y)
-        if self.distributed:
-            loss = loss * (x.shape[0] / self.total(x.shape[0]))
-        given = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        with self.at(leaves):
+            loss = (clean_loss or self.loss)(_logits(self.net, x), y).mean()
+            if self.distributed:
+                loss = loss * (x.shape[0] / self.total(x.shape[0]))
+            given = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         if all(g is None for g in given):
             raise ValueError("the clean loss does not depend on the parameters that the virtual step moves")
         v = {
@@ -459,32 +471,25 @@ class _Run:
             try:
                 with forward_ad.dual_level():
                     duals = {n: forward_ad.make_dual(w, u[n]) if n in u else w for n, w in leaves.items()}
-                    L = self.loss(_call(self.net, duals, _copies(self.net, self.buffers), x), y)
-                    grads = torch.autograd.grad(total(L), list(leaves.values()), allow_unused=True)
-                    bent = {
-                        n: forward_ad.unpack_dual(g)[1]
-                        for n, g in zip(leaves, grads, strict=True)
-                        if g is not None
-                    }
-                    primal, tangent = forward_ad.unpack_dual(L)
+                    with self.at(duals):
+                        L = self.loss(_logits(self.net, x), y)
+                        grads = torch.autograd.grad(total(L), list(leaves.values()), allow_unused=True)
+                    pairs = {n: _unpack(g)[1] for n, g in zip(leaves, grads, strict=True) if g is not None}
+                    primal, tangent = _unpack(L)
                 if tangent is None:
                     raise RuntimeError(_LOST)
-                known = {n: t.detach() for n, t in bent.items() if t is not None}
-                return primal.detach(), tangent.detach(), self.summed(known)
+                curved = {n: t.detach() for n, t in pairs.items() if t is not None}
+                return primal.detach(), tangent.detach(), self.summed(curved)
             except (NotImplementedError, RuntimeError) as error:
                 if not _no_rule(error):
                     raise
                 _fall_back(self.net, error)
                 random.restore()
-        L = self.loss(_call(self.net, leaves, _copies(self.net, self.buffers), x), y)
-        cotangent = torch.zeros_like(L, requires_grad=True)
-        moved = [leaves[n] for n in u]
-        slopes = torch.autograd.grad(L, moved, cotangent, create_graph=True, materialize_grads=True)
-        along = sum((s * u[n]).sum() for n, s in zip(u, slopes, strict=True))
-        L_dot = torch.autograd.grad(along, cotangent, retain_graph=True, materialize_grads=True)[0]
-        slopes = torch.autograd.grad(total(L), moved, create_graph=True, materialize_grads=True)
-        along = sum((s * u[n]).sum() for n, s in zip(u, slopes, strict=True))
-        bent = torch.autograd.grad(along, list(leaves.values()), materialize_grads=True)
+        with self.at(leaves):
+            L = self.loss(_logits(self.net, x), y)
+            cotangent = torch.zeros_like(L, requires_grad=True)
+            L_dot = _along(L, leaves, cotangent, u, [cotangent], retain_graph=True)[0]
+            bent = _along(total(L), leaves, None, u, list(leaves.values()))
         return L.detach(), L_dot, self.summed(dict(zip(leaves, bent, strict=True)))
 
     def _check(self, step: _Step, u: Tensors, L_dot: Tensor) -> None:
@@ -494,10 +499,10 @@ class _Run:
         x, y, _ = step.batch
         step.random.restore()
         leaves = {n: w.detach().requires_grad_() for n, w in step.weights.items()}
-        L = self.loss(_call(self.net, leaves, _copies(self.net, self.buffers), x), y)
-        generator = torch.Generator().manual_seed(0)
-        c = torch.randn(L.shape, generator=generator, dtype=torch.float64).to(L)
-        slopes = torch.autograd.grad(L, [leaves[n] for n in u], c, allow_unused=True)
+        with self.at(leaves):
+            L = self.loss(_logits(self.net, x), y)
+            c = torch.randn(L.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(L)
+            slopes = torch.autograd.grad(L, [leaves[n] for n in u], c, allow_unused=True)
         pairs = [(s.double(), u[n].double()) for n, s in zip(u, slopes, strict=True) if s is not None]
         expected = float(sum((s * t).sum() for s, t in pairs))
         parts = c.double() * L_dot.double()
@@ -533,11 +538,38 @@ class _Run:
         return dR, L if step.loss_map is None else step.loss_map, R, objective
 
 
-def _call(net: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    z = functional_call(net, {**weights, **buffers}, (x,))
+@contextlib.contextmanager
+def _at(net: nn.Module, *tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Puts these parameters and buffers in the place of net's own, for the backward pass too: checkpointed parts
+    run again there, which torch.func.functional_call would let them do at the wrong weights."""
+    merged = {n: t for some in tensors for n, t in some.items()}
+    with _reparametrize_module(net, merged, tie_weights=True):
+        yield
+
+
+def _logits(net: nn.Module, x: Tensor) -> Tensor:
+    z = net(x)
     if not isinstance(z, Tensor):
         raise TypeError(f"net must give a tensor of logits, got {type(z).__name__}; wrap it")
     return z
+
+
+def _along(
+    output: Tensor,
+    leaves: Mapping[str, Tensor],
+    cotangent: Tensor | None,
+    u: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+    retain_graph: bool = False,
+) -> tuple[Tensor, ...]:
+    """The derivative in `inputs` of <d output / d leaves, u>, by double backward."""
+    moved = [leaves[n] for n in u]
+    slopes = torch.autograd.grad(output, moved, cotangent, create_graph=True, allow_unused=True)
+    parts = [(s * u[n]).sum() for n, s in zip(u, slopes, strict=True) if s is not None]
+    if not parts:
+        raise ValueError("the output of net does not depend on the parameters in u")
+    total = torch.stack(parts).sum()
+    return torch.autograd.grad(total, inputs, retain_graph=retain_graph, materialize_grads=True)
 
 
 def _copies(net: nn.Module, buffers: Mapping[str, Tensor] | None = None) -> Tensors:
@@ -549,22 +581,25 @@ def _copies(net: nn.Module, buffers: Mapping[str, Tensor] | None = None) -> Tens
 def _weights(R: Any, argument: Tensor, loss_map: Tensor) -> Tensor:
     if R is None:
         return torch.zeros_like(loss_map.detach())
-    weight = R(argument) if callable(R) and not isinstance(R, Tensor) else R
-    if not isinstance(weight, Tensor) or weight.shape != loss_map.shape:
-        got = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
-        raise ValueError(f"R has {got}; it must have the loss map's shape, {tuple(loss_map.shape)}")
+    weight: Any = R(argument) if callable(R) and not isinstance(R, Tensor) else R
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"R must give a tensor, got {type(weight).__name__}")
+    if weight.shape != loss_map.shape:
+        raise ValueError(
+            f"R has shape {tuple(weight.shape)}; it must have the loss map's, {tuple(loss_map.shape)}"
+        )
     return weight
-
-
-def _clean_loss(loss: Loss, z: Tensor, y: Tensor) -> Tensor:
-    return loss(z, y).mean()
 
 
 def _loss_dual(loss: Loss, z: Tensor, z_dot: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """(L, dL/dt) along z_dot, by forward mode, or by double-vjp where the loss has no rule for it."""
+    if loss is cross_entropy_map:
+        with torch.no_grad():
+            both: tuple[Tensor, Tensor] = ce_dual(z, z_dot, y)
+        return both
     try:
         with torch.no_grad(), forward_ad.dual_level():
-            L, L_dot = forward_ad.unpack_dual(loss(forward_ad.make_dual(z.detach(), z_dot.detach().to(z)), y))
+            L, L_dot = _unpack(loss(forward_ad.make_dual(z.detach(), z_dot.detach().to(z)), y))
         if L_dot is not None:
             return L.detach(), L_dot.detach()
     except (NotImplementedError, RuntimeError) as error:
@@ -574,8 +609,7 @@ def _loss_dual(loss: Loss, z: Tensor, z_dot: Tensor, y: Tensor) -> tuple[Tensor,
         leaf = z.detach().requires_grad_()
         L = loss(leaf, y)
         cotangent = torch.zeros_like(L, requires_grad=True)
-        slope = torch.autograd.grad(L, leaf, cotangent, create_graph=True)[0]
-        L_dot = torch.autograd.grad((slope * z_dot).sum(), cotangent)[0]
+        L_dot = _along(L, {"z": leaf}, cotangent, {"z": z_dot}, [cotangent])[0]
     return L.detach(), L_dot
 
 
@@ -592,7 +626,8 @@ def _forward_jvp(
 ) -> tuple[Tensor, Tensor]:
     with torch.no_grad(), forward_ad.dual_level():
         duals = {n: forward_ad.make_dual(t, u[n].detach()) if n in u else t for n, t in values.items()}
-        z, z_dot = forward_ad.unpack_dual(_call(net, duals, buffers, x))
+        with _at(net, duals, buffers):
+            z, z_dot = _unpack(_logits(net, x))
         if z_dot is None:
             raise RuntimeError(_LOST)
         return z.detach(), z_dot.detach()
@@ -603,16 +638,16 @@ def _double_vjp(
 ) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaves = {n: t.detach().requires_grad_() if n in u else t for n, t in values.items()}
-        z = _call(net, leaves, buffers, x)
-        cotangent = torch.zeros_like(z, requires_grad=True)
-        slopes = torch.autograd.grad(
-            z, [leaves[n] for n in u], cotangent, create_graph=True, allow_unused=True
-        )
-        along = [(s * u[n]).sum() for n, s in zip(u, slopes, strict=True) if s is not None]
-        if not along:
-            raise ValueError("the output of net does not depend on the parameters in u")
-        z_dot = torch.autograd.grad(torch.stack(along).sum(), cotangent)[0]
+        with _at(net, leaves, buffers):
+            z = _logits(net, x)
+            cotangent = torch.zeros_like(z, requires_grad=True)
+            z_dot = _along(z, leaves, cotangent, u, [cotangent])[0]
     return z.detach(), z_dot
+
+
+def _unpack(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    primal, tangent = forward_ad.unpack_dual(x)
+    return primal, tangent
 
 
 def _no_rule(error: Exception) -> bool:
@@ -658,14 +693,14 @@ def _eager(net: nn.Module) -> Iterator[None]:
 
 
 def _unwrap(net: Any) -> nn.Module:
-    """The module itself, without DistributedDataParallel and torch.compile around it."""
-    while True:
-        if isinstance(net, nn.parallel.DistributedDataParallel):
-            net = net.module
-        elif hasattr(net, "_orig_mod"):
-            net = net._orig_mod
-        else:
-            break
+    """The module itself, without what DistributedDataParallel, torch.compile or Fabric put around it."""
+    wrappers = {
+        "DistributedDataParallel": "module",
+        "OptimizedModule": "_orig_mod",
+        "_FabricModule": "module",
+    }
+    while (attribute := wrappers.get(type(net).__name__)) is not None:
+        net = getattr(net, attribute)
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
     return net
@@ -732,8 +767,8 @@ def _check_call(
             raise ValueError("attached=True needs R as a function of the loss map")
 
 
-def _names(net: nn.Module, params: Sequence[str] | None) -> dict[str, Tensor]:
-    own = dict(net.named_parameters())
+def _names(net: nn.Module, params: Sequence[str] | None) -> Tensors:
+    own: Tensors = dict(net.named_parameters())
     if params is None:
         chosen = {n: p for n, p in own.items() if p.requires_grad}
         if not chosen:
@@ -747,260 +782,3 @@ def _names(net: nn.Module, params: Sequence[str] | None) -> dict[str, Tensor]:
     if not params:
         raise ValueError("params is empty")
     return {n: own[n] for n in params}
-
-
-# ---- updates: torch.optim's, one tensor at a time -------------------------------------------------
-
-State = dict[str, Any]
-
-
-def _sgd(p: Tensor, g: Tensor, s: State, h: Mapping[str, Any]) -> tuple[Tensor, State]:
-    g = -g if h["maximize"] else g
-    if h["weight_decay"]:
-        g = g + h["weight_decay"] * p
-    if h["momentum"]:
-        old = s.get("momentum_buffer")
-        buffer = g if old is None else h["momentum"] * old + (1 - h["dampening"]) * g
-        s = {"momentum_buffer": buffer}
-        g = g + h["momentum"] * buffer if h["nesterov"] else buffer
-    return p - h["lr"] * g, s
-
-
-def _sgd_slope(p: Tensor, g: Tensor, s: State, h: Mapping[str, Any]) -> Any:
-    slope = -h["lr"] * (-1 if h["maximize"] else 1)
-    if h["momentum"]:
-        k = 1 if s.get("momentum_buffer") is None else 1 - h["dampening"]
-        slope = slope * (1 + h["momentum"] * k if h["nesterov"] else k)
-    return slope
-
-
-def _adam(p: Tensor, g: Tensor, s: State, h: Mapping[str, Any]) -> tuple[Tensor, State]:
-    g = -g if h["maximize"] else g
-    if h["weight_decay"] and h["decoupled"]:
-        p = p * (1 - h["lr"] * h["weight_decay"])
-    elif h["weight_decay"]:
-        g = g + h["weight_decay"] * p
-    (b1, b2), t = h["betas"], s["step"] + 1
-    m = b1 * s["exp_avg"] + (1 - b1) * g
-    n = b2 * s["exp_avg_sq"] + (1 - b2) * g * g
-    new = {"step": t, "exp_avg": m, "exp_avg_sq": n}
-    if h["amsgrad"]:
-        new["max_exp_avg_sq"] = n = torch.where(s["max_exp_avg_sq"] > n, s["max_exp_avg_sq"], n)
-    denominator = _sqrt(n) / (1 - b2**t) ** 0.5 + h["eps"]
-    return p - h["lr"] / (1 - b1**t) * m / denominator, new
-
-
-def _adam_slope(p: Tensor, g: Tensor, s: State, h: Mapping[str, Any]) -> Tensor:
-    g = -g if h["maximize"] else g
-    if h["weight_decay"] and not h["decoupled"]:
-        g = g + h["weight_decay"] * p
-    (b1, b2), t = h["betas"], s["step"] + 1
-    m = b1 * s["exp_avg"] + (1 - b1) * g
-    n = b2 * s["exp_avg_sq"] + (1 - b2) * g * g
-    by_g = (1 - b2) * g
-    if h["amsgrad"]:
-        old = s["max_exp_avg_sq"]
-        by_g, n = torch.where(old > n, torch.zeros_like(by_g), by_g), torch.maximum(old, n)
-    root, scale = n.sqrt(), (1 - b2**t) ** 0.5
-    denominator = root / scale + h["eps"]
-    by_g = _divide(by_g, root) / scale  # of the denominator
-    sign = -1 if h["maximize"] else 1
-    return -sign * h["lr"] / (1 - b1**t) * ((1 - b1) - m * by_g / denominator) / denominator
-
-
-def _rmsprop(p: Tensor, g: Tensor, s: State, h: Mapping[str, Any]) -> tuple[Tensor, State]:
-    g = -g if h["maximize"] else g
-    if h["weight_decay"]:
-        g = g + h["weight_decay"] * p
-    n = h["alpha"] * s["square_avg"] + (1 - h["alpha"]) * g * g
-    new = {"square_avg": n}
-    if h["centered"]:
-        new["grad_avg"] = mean = h["alpha"] * s["grad_avg"] + (1 - h["alpha"]) * g
-        n = n - mean * mean
-    step = g / (_sqrt(n) + h["eps"])
-    if h["momentum"]:
-        new["momentum_buffer"] = step = h["momentum"] * s["momentum_buffer"] + step
-    return p - h["lr"] * step, new
-
-
-def _rmsprop_slope(p: Tensor, g: Tensor, s: State, h: Mapping[str, Any]) -> Tensor:
-    g = -g if h["maximize"] else g
-    if h["weight_decay"]:
-        g = g + h["weight_decay"] * p
-    n = h["alpha"] * s["square_avg"] + (1 - h["alpha"]) * g * g
-    by_g = g
-    if h["centered"]:
-        mean = h["alpha"] * s["grad_avg"] + (1 - h["alpha"]) * g
-        n, by_g = n - mean * mean, g - mean
-    root = n.clamp_min(0).sqrt()
-    denominator = root + h["eps"]
-    by_g = (1 - h["alpha"]) * _divide(by_g, root)
-    return -(-1 if h["maximize"] else 1) * h["lr"] * (1 - g * by_g / denominator) / denominator
-
-
-def _sqrt(n: Tensor) -> Tensor:
-    """The square root, with slope 0 at 0."""
-    positive = n > 0
-    return torch.where(positive, torch.where(positive, n, torch.ones_like(n)).sqrt(), torch.zeros_like(n))
-
-
-def _divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, 0 where b is 0."""
-    return a / torch.where(b > 0, b, torch.full_like(b, math.inf))
-
-
-_ADAM_STATE = ("exp_avg", "exp_avg_sq")
-_RULES: dict[type, tuple[Any, Any, tuple[str, ...]]] = {  # step, its slope in g, what must be in the state
-    torch.optim.SGD: (_sgd, _sgd_slope, ()),
-    torch.optim.Adam: (_adam, _adam_slope, _ADAM_STATE),
-    torch.optim.AdamW: (_adam, _adam_slope, _ADAM_STATE),
-    torch.optim.RMSprop: (_rmsprop, _rmsprop_slope, ("square_avg",)),
-}
-_PLAIN = {"momentum": 0, "dampening": 0, "nesterov": False, "weight_decay": 0, "maximize": False}
-
-
-class _Update:
-    """A virtual step. names: the parameters that it moves."""
-
-    def __init__(
-        self,
-        update: Any,
-        named: Mapping[str, Tensor],
-        clip: float | None,
-        state: Any,
-        check_names: bool,
-    ) -> None:
-        if clip is not None and not 0 < clip < math.inf:
-            raise ValueError(f"clip_grad_norm must be positive and finite, got {clip}")
-        self.clip, self.function, self.user_state = clip, None, state
-        self.names, self.groups, self.rule = dict(named), {}, _RULES[torch.optim.SGD]
-        self.optimizer: Any = None
-        while hasattr(update, "optimizer") and type(update) not in _RULES:  # Lightning's wrappers
-            update = update.optimizer
-        if isinstance(update, (int, float)) and not isinstance(update, bool):
-            if not 0 <= update < math.inf:
-                raise ValueError(f"update, a learning rate, must be finite and not negative, got {update}")
-            self.groups = {n: {"lr": float(update), **_PLAIN} for n in named}
-        elif type(update) in _RULES:
-            self.optimizer, self.rule = update, _RULES[type(update)]
-            group_of = {id(p): group for group in update.param_groups for p in group["params"]}
-            missing = [n for n, p in named.items() if id(p) not in group_of]
-            if len(missing) == len(named) or (missing and check_names):
-                raise ValueError(f"update does not hold the parameter {missing[0]!r}")
-            self.names = {n: p for n, p in named.items() if id(p) in group_of}
-            self.groups = {n: self._group(group_of[id(p)]) for n, p in self.names.items()}
-        elif callable(update) and not isinstance(update, (type, torch.optim.Optimizer)):
-            self.function = update
-        else:
-            known = ", ".join(t.__name__ for t in _RULES)
-            got = update.__name__ if isinstance(update, type) else type(update).__name__
-            raise TypeError(
-                f"update is {got}; it must be a learning rate, one of torch.optim's {known}, or a function "
-                "(params, grads, state) -> new params"
-            )
-
-    def _group(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        settings = {k: v for k, v in group.items() if k != "params"}
-        decoupled = isinstance(self.optimizer, torch.optim.AdamW)
-        settings["decoupled"] = decoupled or settings.get("decoupled_weight_decay", False)
-        return settings
-
-    def states(self) -> Any:
-        """The optimizer's state of each parameter, as it is; zeros where it has none yet."""
-        if self.function:
-            return self.user_state
-        if self.optimizer is None:
-            return {n: {} for n in self.names}
-        states, cold = {}, False
-        for n, p in self.names.items():
-            own, h = dict(self.optimizer.state.get(p, {})), self.groups[n]
-            cold |= any(key not in own for key in self.rule[2])
-            wanted = list(self.rule[2])
-            wanted += ["max_exp_avg_sq"] if h.get("amsgrad") else []
-            if self.rule[0] is _rmsprop:
-                wanted += ["grad_avg"] if h["centered"] else []
-                wanted += ["momentum_buffer"] if h["momentum"] else []
-            for key in wanted:
-                if own.get(key) is None:
-                    own[key] = torch.zeros_like(p.detach())
-            if self.rule[0] is _adam:
-                own["step"] = float(own.get("step", 0))
-            states[n] = own
-        if cold:
-            warnings.warn(
-                f"{type(self.optimizer).__name__} has no state yet: its first step hardly depends on the size of the "
-                "gradient, so the meta-gradient is degenerate; take a few ordinary steps first",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        return states
-
-    def step(self, params: Tensors, grads: Tensors, states: Any) -> tuple[Tensors, Any]:
-        """(new params, new states), differentiable; parameters without a gradient stay, as in torch."""
-        grads = self._clipped(grads)
-        if self.function:
-            new = dict(self.function(dict(params), dict(grads), states))
-            for n, p in params.items():
-                if n not in new or new[n].shape != p.shape:
-                    raise ValueError(f"update must give a new {n!r} of shape {tuple(p.shape)}")
-            return new, states
-        new, after = dict(params), dict(states)
-        for n, g in grads.items():
-            new[n], after[n] = self.rule[0](params[n], g, states[n], self.groups[n])
-        return new, after
-
-    def pull(self, params: Tensors, grads: Tensors, states: Any, v: Tensors) -> Tensors:
-        """u = (d new params / d grads)^T v."""
-        if self.function:
-            return self.pull_all(params, grads, states, v, None)[1]
-        clipped = self._clipped(grads)
-        u = {n: self.rule[1](params[n], g, states[n], self.groups[n]) * v[n] for n, g in clipped.items()}
-        factor, norm = self._clip_factor(grads)
-        if factor is None or norm is None:
-            return u
-        # of c g, c = clip / (norm + 1e-6): c u - c (g . u) g / (norm (norm + 1e-6)) where it clips
-        along = sum((g * u[n]).sum() for n, g in grads.items())
-        back = torch.where(factor < 1, factor * along / (norm * (norm + 1e-6)), torch.zeros_like(norm))
-        return {n: factor * t - back * grads[n] for n, t in u.items()}
-
-    def pull_all(
-        self, params: Tensors, grads: Tensors, states: Any, v: Tensors, adjoint: Any
-    ) -> tuple[Tensors, Tensors, Any]:
-        """(v, u, adjoint) pulled back to the step's params, grads and states; adjoint: of the new states."""
-        with torch.enable_grad():
-            w = {n: p.detach().requires_grad_() for n, p in params.items()}
-            g = {n: t.detach().requires_grad_() for n, t in grads.items()}
-            s = states
-            if not self.function:
-                s = {
-                    n: {k: t.detach().requires_grad_() if _real(t) else t for k, t in own.items()}
-                    for n, own in states.items()
-                }
-            new, after = self.step(w, g, s)
-            outputs, cotangents = [new[n] for n in v], [v[n] for n in v]
-            for n, own in (adjoint or {}).items():
-                for k, t in own.items():
-                    outputs.append(after[n][k])
-                    cotangents.append(t)
-            leaves = [] if self.function else [(n, k) for n in s for k, t in s[n].items() if _real(t)]
-            inputs = [*w.values(), *g.values(), *(s[n][k] for n, k in leaves)]
-            given = torch.autograd.grad(outputs, inputs, cotangents, materialize_grads=True)
-        first, second = given[: len(w)], given[len(w) : len(w) + len(g)]
-        below: dict[str, dict[str, Tensor]] = {}
-        for (n, k), t in zip(leaves, given[len(w) + len(g) :], strict=True):
-            below.setdefault(n, {})[k] = t
-        return dict(zip(w, first, strict=True)), dict(zip(g, second, strict=True)), below
-
-    def _clip_factor(self, grads: Tensors) -> tuple[Tensor | None, Tensor | None]:
-        if self.clip is None or not grads:
-            return None, None
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads.values()]))
-        return (self.clip / (norm + 1e-6)).clamp_max(1.0), norm
-
-    def _clipped(self, grads: Tensors) -> Tensors:
-        factor, _ = self._clip_factor(grads)
-        return grads if factor is None else {n: g * factor for n, g in grads.items()}
-
-
-def _real(t: Any) -> bool:
-    return isinstance(t, Tensor) and t.is_floating_point() and t.ndim >= 0 and not t.is_inference()
