@@ -11,10 +11,10 @@ pixels without a vote. What is not there is left out of every sum.
 
 The votes on a pixel form a pattern, of which an image has few (at most 2^M for masks). One pass over the image counts
 them, everything iterative works on the counts, a last pass looks the results up. So an iteration costs microseconds
-and all counts are exact integers; results are the same bits for any number of threads. simple, rater_scores and
-agreement read the counts on the host, so with CUDA arrays they wait for the device, as does staple above 65,536
-possible patterns; the others do not. Results are new arrays of the annotations' kind, on their device, without
-gradients. Definitions: `noisyseg_fast.reference`.
+and all counts are exact integers; results are the same bits for any number of threads. With CUDA arrays nothing waits
+for the device, but: simple, rater_scores and agreement read the counts on the host; so does staple above 65,536
+possible patterns; and what is given on the host (present, weights, prior) must be copied. Results are new arrays of
+the annotations' kind, on their device, without gradients. Definitions: `noisyseg_fast.reference`.
 
 Raises TypeError for dtypes and kinds of arrays, ValueError for shapes and options.
 """
@@ -124,7 +124,8 @@ def staple(
     pixel, the prior the share of all votes, held fixed: so results depend on how much background the image has.
 
     Args:
-        max_iter: iterations at most (converged says whether they sufficed).
+        max_iter: iterations at most (converged says whether they sufficed; real raters took up to 8,000, where most
+            of them marked nothing).
         tol: stop when no rate changes by more in one iteration.
         prior: P(object), or with num_classes P(label) for each, in place of the share of all votes.
         dtype: of the posterior, float32 or float64. EM itself runs in double precision.
@@ -151,9 +152,7 @@ def staple(
     performance = space.empty((v.batch, v.raters, v.classes, v.classes), "float64")
     rates = [space.empty((v.batch, v.raters, v.classes), "float64") for _ in range(2)]
     status = space.empty((v.batch, 2), "int32")
-    work = space.empty(
-        (_core.staple_workspace(v.batch, slots, v.raters, v.classes, space.exec),), "uint8"
-    )
+    work = space.empty((_core.staple_workspace(v.batch, slots, v.raters, v.classes, space.exec),), "uint8")
     views = (space.view(x) for x in (values, labels, performance, *rates, status, work))
     _core.staple(
         None if keys is None else space.view(keys),
@@ -217,9 +216,7 @@ def simple(
         )
     out = _image(v.space, (v.batch, v.pixels), v.space.dtype(annotations))
     where = _to(v.space, table)
-    _core.spread(
-        v.space.view(index), None, None, v.space.view(where), v.space.view(out), v.space.exec
-    )
+    _core.spread(v.space.view(index), None, None, v.space.view(where), v.space.view(out), v.space.exec)
     return Simple(
         v.back(out.reshape((v.batch, *v.size))),
         *(v.back(_to(v.space, x)) for x in (selected, weights, iterations)),
@@ -260,7 +257,8 @@ def soft_average(
         given = _to(v.space, host)
     shape = v.size if num_classes is None else (v.classes, *v.size)
     out = _image(v.space, (v.batch, *shape), kind)
-    if v.space.dtype(annotations) in _arrays.LABELS and v.patterns <= _DIRECT:  # bytes of patterns, not doubles
+    labelled = v.space.dtype(annotations) in _arrays.LABELS
+    if labelled and v.patterns <= _DIRECT and v.space.device < 0:  # bytes of patterns in place of doubles
         index, _, _ = _patterns(v)
         values = _to(v.space, _means(v, host))
         flat = out.reshape((v.batch, -1, v.pixels))
@@ -301,7 +299,7 @@ def label_sampling(
 
         picked = masks[torch.arange(v.batch, device=masks.device), chosen]
         if there is not None:
-            picked = picked * there.reshape(-1, *[1] * len(v.size)).to(picked.dtype)
+            picked = picked.masked_fill(~there.reshape(-1, *[1] * len(v.size)), 0)
     else:
         module: Any = np if v.space.name != "cupy" else __import__("cupy")
         masks = np.from_dlpack(masks) if v.space.name == "dlpack" else masks
@@ -319,7 +317,9 @@ def _draw(v: _Votes, generator: Any) -> tuple[Any, Any]:
         import torch
 
         if not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator for torch tensors, got {type(generator).__name__}")
+            raise TypeError(
+                f"generator must be a torch.Generator for torch tensors, got {type(generator).__name__}"
+            )
         device = "cpu" if v.space.device < 0 else f"cuda:{v.space.device}"
         u = torch.rand(v.batch, generator=generator, device=generator.device, dtype=torch.float64).to(device)
         if v.present_array is None:
@@ -461,11 +461,12 @@ def _simple(
     digits: HostArray, n: HostArray, classes: int, alpha: float, max_iter: int, rule: int, value: int
 ) -> tuple[HostArray, HostArray, HostArray, int]:
     """Each pattern's label, the kept raters, their weights, and the iterations."""
-    kept = ((digits < classes) & (n[:, None] > 0)).any(0)
-    weights = kept.astype(np.float64)
+    kept: HostArray = np.asarray((digits < classes).any(0))
+    weights: HostArray = kept.astype(np.float64)
     labels = _weighted_vote(digits, weights, classes, rule, value)
-    iteration = 0
-    for iteration in range(1, max_iter + 1):
+    iterations, done = 0, False
+    while iterations < max_iter and not done:
+        iterations += 1
         scores = np.array(
             [_mean_dice(labels, digits[:, m], n, classes) if kept[m] else 0.0 for m in range(digits.shape[1])]
         )
@@ -474,11 +475,9 @@ def _simple(
         still = kept & (scores >= limit - 1e-12)
         weights = np.where(still, scores, 0.0) if scores[still].any() else still.astype(np.float64)
         new = _weighted_vote(digits, weights, classes, rule, value)
-        done = (still == kept).all() and (new == labels).all()
+        done = bool((still == kept).all() and (new == labels).all())
         kept, labels = still, new
-        if done:
-            break
-    return labels, kept, weights, iteration
+    return labels, kept, weights, iterations
 
 
 def _mean_dice(truth: HostArray, vote: HostArray, n: HostArray, classes: int) -> float:
@@ -487,9 +486,7 @@ def _mean_dice(truth: HostArray, vote: HostArray, n: HostArray, classes: int) ->
     return float(_scores(_confusion(np.where(outside, classes, truth), vote, n, classes))[2, 1:].mean())
 
 
-def _weighted_vote(
-    digits: HostArray, weights: HostArray, classes: int, rule: int, value: int
-) -> HostArray:
+def _weighted_vote(digits: HostArray, weights: HostArray, classes: int, rule: int, value: int) -> HostArray:
     score = np.stack([(digits == c) @ weights for c in range(classes)], 1)
     most = score.max(1)
     equal = score >= most[:, None] * (1 - 1e-12)
@@ -600,7 +597,9 @@ def _votes(
         _arrays.check_dtype("fusion", space.dtype(fusion), _arrays.LABELS)
         expected = size if not batched else (batch, *size)
         if tuple(fusion.shape) != expected:
-            raise ValueError(f"fusion has shape {tuple(fusion.shape)}; for these annotations it must be {expected}")
+            raise ValueError(
+                f"fusion has shape {tuple(fusion.shape)}; for these annotations it must be {expected}"
+            )
         a, c, n, s = space.view(fusion)
         fused = (a, c, n, s) if batched else (a, c, (1, *n), (0, *s))
     can_miss = not (num_classes is None and missing is None and mask is None)

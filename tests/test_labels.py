@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -84,8 +83,10 @@ def problems(draw):
 
 
 def as_kind(x, kind):
-    return torch.from_numpy(x.copy()) if kind == "torch" and any(s < 0 for s in x.strides) else (
-        torch.from_numpy(x) if kind == "torch" else x
+    return (
+        torch.from_numpy(x.copy())
+        if kind == "torch" and any(s < 0 for s in x.strides)
+        else (torch.from_numpy(x) if kind == "torch" else x)
     )
 
 
@@ -159,7 +160,9 @@ def test_scores_and_agreement_equal_reference(problem, kind):
     for b, one in enumerate(plain):
         one = torch.from_numpy(one)
         of_fusion = torch.from_numpy(numpy_of(fusion[b]).astype(np.int64))
-        for got, expected in zip(scores, reference.rater_scores(one, of_fusion, classes=classes), strict=True):
+        for got, expected in zip(
+            scores, reference.rater_scores(one, of_fusion, classes=classes), strict=True
+        ):
             np.testing.assert_allclose(numpy_of(got[b]), expected[..., 1] if binary else expected, atol=1e-12)
         dice, kappa, alpha = reference.agreement(one, classes=classes)
         np.testing.assert_allclose(numpy_of(found.dice[b]), dice[..., 1] if binary else dice, atol=1e-12)
@@ -191,7 +194,9 @@ def test_soft_average_of_soft_masks(kind, dtype):
     w = np.array([0.5, 2.0, 1.0])
     found = numpy_of(labels.soft_average(as_kind(x, kind), weights=w, spatial_dims=2, dtype="float64"))
     voted = np.isfinite(x) * w[:, None, None]
-    np.testing.assert_allclose(found, (np.nan_to_num(x.astype(float)) * voted).sum(1) / voted.sum(1), atol=1e-12)
+    np.testing.assert_allclose(
+        found, (np.nan_to_num(x.astype(float)) * voted).sum(1) / voted.sum(1), atol=1e-12
+    )
     assert labels.soft_average(as_kind(x, kind), spatial_dims=2).dtype in (torch.float32, np.float32)
 
 
@@ -371,7 +376,9 @@ def test_many_raters_and_labels_hash_their_patterns():
     few = raters((500,), 9, 2, 9)
     posterior, _, _, _ = reference.staple(torch.from_numpy(few), classes=9, max_iter=30)
     np.testing.assert_allclose(nf.staple(few, num_classes=9, max_iter=30).posterior, posterior, atol=1e-6)
-    assert np.array_equal(nf.majority_vote(few, num_classes=9), reference.majority_vote(torch.from_numpy(few), classes=9))
+    assert np.array_equal(
+        nf.majority_vote(few, num_classes=9), reference.majority_vote(torch.from_numpy(few), classes=9)
+    )
 
 
 def test_hundreds_of_wrong_votes_do_not_underflow():
@@ -425,7 +432,8 @@ def test_same_bits_with_1_and_2_threads():
         "    x = torch.from_numpy(rng.integers(0, high, shape).astype(np.uint8))\n"
         "    n = None if high == 2 else high\n"
         "    r = nf.staple(x, num_classes=n, spatial_dims=2, max_iter=20)\n"
-        "    parts = [*r, nf.majority_vote(x, num_classes=n, spatial_dims=2), nf.soft_average(x, num_classes=n, spatial_dims=2)]\n"
+        "    parts = [*r, nf.majority_vote(x, num_classes=n, spatial_dims=2)]\n"
+        "    parts += [nf.soft_average(x, num_classes=n, spatial_dims=2)]\n"
         "    parts += [nf.soft_average(x.float(), spatial_dims=2), *nf.agreement(x, num_classes=n, spatial_dims=2)]\n"
         "    for p in parts: h.update(p.contiguous().numpy().tobytes())\n"
         "print(h.hexdigest())\n"
@@ -649,7 +657,7 @@ def test_fuse_png_and_soft_masks(tmp_path):
 def test_fuse_errors_are_one_line_and_write_nothing(files, tmp_path):
     from folders import oblique_affine, save_nifti
 
-    (a, b, c), masks = files
+    (a, b, _), masks = files
     small, moved, soft, many = (tmp_path / f"{n}.nii.gz" for n in ("small", "moved", "soft", "many"))
     save_nifti(small, masks[0][:, :-1])
     save_nifti(moved, masks[0], oblique_affine((0.7, 0.7, 3.0)))
@@ -666,8 +674,14 @@ def test_fuse_errors_are_one_line_and_write_nothing(files, tmp_path):
         ([a, b, "--classes", 1], "--classes must be 2 to 255, got 1"),
         ([a, b, "--method", "vote"], "unknown method 'vote'; choose from staple, majority, simple, mean"),
         ([a, b, "--tie", "1"], "--tie is for majority and simple; staple has no ties"),
-        ([a, b, "--method", "majority", "--tie", "2"], "--tie must be a label from 0 to 1, lowest or highest"),
-        ([a, b, "--method", "simple", "--posterior", "p.nii.gz"], "--posterior is for staple, got method 'simple'"),
+        (
+            [a, b, "--method", "majority", "--tie", "2"],
+            "--tie must be a label from 0 to 1, lowest or highest",
+        ),
+        (
+            [a, b, "--method", "simple", "--posterior", "p.nii.gz"],
+            "--posterior is for staple, got method 'simple'",
+        ),
         ([a, b, "--posterior", a], f"{a}: would replace a rater's mask; choose another --posterior"),
     ):
         result = fuse(*arguments, "-o", out)
