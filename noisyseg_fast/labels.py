@@ -536,7 +536,9 @@ class _Votes:
 
     def back(self, x: Any) -> Any:
         """A result as the caller's kind of array, without the batch axis where none was given."""
-        return self.space.back(x if self.batched else x[0])
+        if self.batched:
+            return self.space.back(x)
+        return self.space.back(x[0, ...] if self.space.name == "dlpack" else x[0])
 
 
 def _votes(
@@ -752,7 +754,9 @@ def _host_patterns(v: _Votes, keys: Any, counts: Any) -> Any:
 def _host(x: Any) -> HostArray:
     if hasattr(x, "detach"):
         return np.asarray(x.detach().cpu())
-    return np.asarray(x.get() if type(x).__module__.split(".")[0] == "cupy" else x)
+    if type(x).__module__.split(".")[0] == "cupy":
+        return np.asarray(x.get())
+    return np.from_dlpack(x) if hasattr(x, "__dlpack__") and not hasattr(x, "__array__") else np.asarray(x)
 
 
 def _to(space: _arrays.Namespace, x: HostArray | None) -> Any:

@@ -468,6 +468,42 @@ def test_float_ways_agree():
     )
 
 
+def test_dlpack_arrays():
+    """Of a library of which nothing else is known; results are NumPy's, or go through its own from_dlpack."""
+
+    class Foreign:
+        def __init__(self, x):
+            self.x, self.shape = x, x.shape
+
+        def __dlpack__(self, **options):
+            return self.x.__dlpack__()
+
+        def __dlpack_device__(self):
+            return self.x.__dlpack_device__()
+
+    class Own(Foreign):
+        def __array_namespace__(self):
+            class Library:
+                from_dlpack = staticmethod(lambda x: Own(np.from_dlpack(x)))
+
+            return Library
+
+    masks, here = raters((20, 20), 4), np.array([1, 1, 0, 1], np.uint8)
+    expected = nf.staple(masks, present=here)
+    found = nf.staple(Foreign(masks), present=Foreign(here))
+    own = nf.staple(Own(masks), present=Own(here))
+    for name, want in expected._asdict().items():
+        assert isinstance(getattr(own, name), Own)
+        np.testing.assert_array_equal(getattr(found, name), want)
+        np.testing.assert_array_equal(getattr(own, name).x, want)
+    np.testing.assert_array_equal(nf.simple(Own(masks)).selected.x, nf.simple(masks).selected)
+    np.testing.assert_array_equal(nf.agreement(Foreign(masks)).dice, nf.agreement(masks).dice)
+    scores = nf.rater_scores(Foreign(masks), Foreign(masks[0]))
+    np.testing.assert_array_equal(scores.dice, nf.rater_scores(masks, masks[0]).dice)
+    picked = nf.label_sampling(Foreign(masks), np.random.default_rng(0))
+    np.testing.assert_array_equal(picked, nf.label_sampling(masks, np.random.default_rng(0)))
+
+
 # ---- sampling -------------------------------------------------------------------------------------
 
 
