@@ -52,11 +52,24 @@ _HOME = {
     "UncertaintyWeightedLoss": "task_losses",
     "dual_task_loss": "task_losses",
     "DualTaskLoss": "task_losses",
+    "norm_act": "dual_norms",
+    "fuse_dual_norms": "dual_norms",
+    "unfuse_dual_norms": "dual_norms",
+    "ce_dual": "weight_nets",
+    "mask_net": "weight_nets",
+    "mask_net_vjp": "weight_nets",
+    "MaskNet": "weight_nets",
+    "MaskNetTheta": "weight_nets",
+    "mw_net": "weight_nets",
+    "mw_net_vjp": "weight_nets",
+    "MWNet": "weight_nets",
+    "MWNetTheta": "weight_nets",
 }
 _MODULES = (
     "compat",
     "distance",
     "labels",
+    "dual_norms",
     "losses",
     "metrics",
     "noise",
@@ -64,6 +77,7 @@ _MODULES = (
     "sample",
     "task_losses",
     "training",
+    "weight_nets",
 )
 
 __all__ = ["build_info", *_HOME, *_MODULES]

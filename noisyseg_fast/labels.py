@@ -292,8 +292,9 @@ def label_sampling(
     generator lives on the CPU.
     """
     v = _votes(annotations, present, None, None, spatial_dims, _arrays.FLOATS)
-    masks = annotations if v.batched else annotations[None]
     chosen, there = _draw(v, generator)
+    masks = np.from_dlpack(annotations) if v.space.name == "dlpack" else annotations
+    masks = masks if v.batched else masks[None]
     if v.space.name == "torch":
         import torch
 
@@ -302,7 +303,6 @@ def label_sampling(
             picked = picked.masked_fill(~there.reshape(-1, *[1] * len(v.size)), 0)
     else:
         module: Any = np if v.space.name != "cupy" else __import__("cupy")
-        masks = np.from_dlpack(masks) if v.space.name == "dlpack" else masks
         picked = masks[module.arange(v.batch), chosen]
         if there is not None:
             picked = module.where(

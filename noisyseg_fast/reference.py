@@ -870,3 +870,113 @@ def agreement(annotations: Tensor, *, classes: int = 2) -> tuple[Tensor, float, 
     apart = coincidence.sum() - coincidence.diagonal().sum()
     by_chance = (total.sum() ** 2 - (total**2).sum()) / (total.sum() - 1)
     return dice, float((observed - expected) / (1 - expected)), float(1 - apart / by_chance)
+
+
+# ---- normalisation --------------------------------------------------------------------------------
+
+
+def norm_act(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "batch",
+    groups: int = 1,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    slope: Any = 1.0,
+) -> Tensor:
+    """`noisyseg_fast.norm_act` in torch's own operations."""
+    if norm == "batch":
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    elif norm == "instance":
+        y = F.instance_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    else:
+        y = F.group_norm(
+            x.contiguous(), groups, weight, bias, eps
+        )  # forward AD of others fails in torch 2.13
+    if isinstance(slope, Tensor):
+        return F.prelu(y, slope)
+    if slope == 1:
+        return y
+    return F.relu(y) if slope == 0 else F.leaky_relu(y, slope)
+
+
+def norm_act_jvp(
+    x: Tensor,
+    x_dot: Tensor | None = None,
+    weight: Tensor | None = None,
+    weight_dot: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_dot: Tensor | None = None,
+    *,
+    norm: str = "batch",
+    groups: int = 1,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    eps: float = 1e-5,
+    slope: Any = 1.0,
+    slope_dot: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """norm_act and its derivative along the given directions, by the formula that the kernels use.
+
+    With d = x - mean, r = 1 / sqrt(var + eps): the derivative of d r is (x_dot - mean(x_dot)) r - d r^3 mean(d x_dot).
+    """
+    channels = [1, -1] + [1] * (x.ndim - 2)
+
+    def shaped(v: Tensor | None, otherwise: float) -> Any:
+        return otherwise if v is None else v.to(x.dtype).reshape(channels)
+
+    def mean_of(v: Tensor) -> Tensor:
+        if norm == "batch":
+            return v.mean([0, *range(2, x.ndim)], keepdim=True).expand_as(v)
+        parts = v.reshape(v.shape[0], v.shape[1] if norm == "instance" else groups, -1)
+        return parts.mean(2, keepdim=True).expand_as(parts).reshape(v.shape)
+
+    x_dot = torch.zeros_like(x) if x_dot is None else x_dot
+    if norm != "group" and not training and running_mean is not None:
+        d = x - shaped(running_mean, 0)
+        r = (shaped(running_var, 1) + eps).rsqrt()
+        normed_dot = x_dot * r
+    else:
+        d = x - mean_of(x)
+        r = (mean_of(d * d) + eps).rsqrt()
+        normed_dot = (x_dot - mean_of(x_dot)) * r - d * r**3 * mean_of(d * x_dot)
+    gamma, s = shaped(weight, 1), slope if not isinstance(slope, Tensor) else slope.reshape(channels)
+    before = d * r * gamma + shaped(bias, 0)
+    before_dot = normed_dot * gamma + d * r * shaped(weight_dot, 0) + shaped(bias_dot, 0)
+    negative_dot = s * before_dot + before * shaped(slope_dot, 0)
+    return torch.where(before > 0, before, s * before), torch.where(before > 0, before_dot, negative_dot)
+
+
+# ---- weight nets ----------------------------------------------------------------------------------
+
+
+def ce_dual(z: Tensor, zdot: Tensor, y: Tensor, activation: str | None = None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each pixel and its derivative along zdot, as weight_nets.ce_dual."""
+    g = _per_class(z, y[:, 0] if y.ndim == z.ndim and y.shape[1] == 1 < z.shape[1] else y)
+    if (activation or ("softmax" if z.shape[1] > 1 else "sigmoid")) == "softmax":
+        mean = (z.softmax(1) * zdot).sum(1, keepdim=True)
+        return -(g * z.log_softmax(1)).sum(1), (g * (mean - zdot)).sum(1)
+    return (F.softplus(z) - g * z).mean(1), ((z.sigmoid() - g) * zdot).mean(1)
+
+
+def mask_net(loss: Tensor, theta: Sequence[Tensor]) -> Tensor:
+    """MCPM's weights of a loss map (B, H, W) or (B, D, H, W), as weight_nets.mask_net."""
+    w3, b3, w5, b5, w1, b1 = theta
+    conv: Any = F.conv2d if w3.ndim == 3 else F.conv3d
+    x = loss.unsqueeze(1)
+    h3, h5 = conv(x, w3.unsqueeze(1), b3, padding=1), conv(x, w5.unsqueeze(1), b5, padding=2)
+    hidden = torch.cat([h3.relu(), h5.relu(), x], 1)
+    logits: Tensor = conv(hidden, w1.reshape(1, -1, *[1] * (w3.ndim - 1)), b1)
+    return logits[:, 0].sigmoid()
+
+
+def mw_net(loss: Tensor, theta: Sequence[Tensor]) -> Tensor:
+    """Meta-Weight-Net on each number, as weight_nets.mw_net."""
+    w1, b1, w2, b2 = theta
+    return ((loss.unsqueeze(-1) * w1 + b1).relu() @ w2 + b2[0]).sigmoid()

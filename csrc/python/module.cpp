@@ -55,4 +55,7 @@ PYBIND11_MODULE(_core, m) {
   noisyseg::bind_distance(m);
   noisyseg::bind_surface(m);
   noisyseg::bind_labels(m);
+  noisyseg::bind_norms(m);
+  noisyseg::bind_meta(m);
+  noisyseg::bind_noise(m);
 }
