@@ -586,7 +586,9 @@ def _votes(
         or not 2 <= num_classes <= MAX_CLASSES
     ):
         raise ValueError(f"num_classes must be an integer from 2 to {MAX_CLASSES}, got {num_classes!r}")
-    if missing is not None and (isinstance(missing, bool) or missing != int(missing)):
+    if missing is not None and not (
+        isinstance(missing, (int, float)) and abs(missing) < 2**62 and missing == int(missing)
+    ):
         raise ValueError(f"missing must be a whole number, got {missing!r}")
     if mask is not None and tuple(mask.shape) not in ((raters,), (batch, raters)):
         raise ValueError(
