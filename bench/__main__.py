@@ -15,13 +15,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from noisyseg_fast.timing import measure
 
-from . import distance, losses, meta, metrics, report, task_losses, weight_nets
+from . import distance, labels, losses, meta, metrics, report, task_losses, weight_nets
 
 FAMILIES = {
     "losses": losses,
     "task_losses": task_losses,
     "distance": distance,
     "metrics": metrics,
+    "labels": labels,
     "weight_nets": weight_nets,
     "meta": meta,
 }
