@@ -83,9 +83,12 @@ constexpr int sum_lanes_of = 128 / sizeof(T);
 
 template <class T>
 double total_of(const T* x) {
-  double total = 0;
-  for (int l = 0; l < sum_lanes_of<T>; ++l) total += static_cast<double>(x[l]);
-  return total;
+  double half[sum_lanes_of<T> / 2];
+  for (int l = 0; l < sum_lanes_of<T> / 2; ++l)
+    half[l] = static_cast<double>(x[l]) + static_cast<double>(x[l + sum_lanes_of<T> / 2]);
+  for (int width = sum_lanes_of<T> / 4; width > 0; width /= 2)
+    for (int l = 0; l < width; ++l) half[l] += half[l + width];
+  return half[0];
 }
 
 // ---- one channel's row of n pixels ----------------------------------------------------------------
@@ -93,6 +96,16 @@ double total_of(const T* x) {
 template <class T, bool dual>
 NormMoments row_moments(const T* x, const T* x_dot, int64_t n) {
   constexpr int L = sum_lanes_of<T>;
+  if (n < L) {  // small images: the lanes' sums would take longer than the pixels
+    double s = 0, d = 0, dd = 0, t = 0, dt = 0;
+    for (int64_t i = 0; i < n; ++i) s += static_cast<double>(x[i]);
+    const double shift = s / static_cast<double>(n);
+    for (int64_t i = 0; i < n; ++i) {
+      const double v = static_cast<double>(x[i]) - shift, w = dual ? static_cast<double>(x_dot[i]) : 0;
+      d += v, dd += v * v, t += w, dt += v * w;
+    }
+    return moments_from(static_cast<double>(n), shift, d, dd, t, dt);
+  }
   T s[L] = {}, t[L] = {};
   int64_t i = 0;
   for (; i + L <= n; i += L) {
@@ -146,8 +159,19 @@ void row_apply(const T* x, const T* x_dot, int64_t n, const NormCoefficients<T>&
 
 template <class T>
 void row_sums(const T* x, const T* grad_y, int64_t n, const NormCoefficients<T>& k, double* sums) {
-  constexpr int L = sum_lanes_of<T> / 2;
-  T a[2 * L] = {}, b[2 * L] = {}, e[2 * L] = {};
+  constexpr int L = sum_lanes_of<T>;
+  if (n < L) {
+    double a = 0, b = 0, e = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const T d = x[i] - k.mean, v = k.scale * d + k.shift;
+      const double h = static_cast<double>(v > T(0) ? grad_y[i] : k.slope * grad_y[i]);
+      a += h, b += h * static_cast<double>(d);
+      e += v > T(0) ? 0.0 : static_cast<double>(grad_y[i]) * static_cast<double>(v);
+    }
+    sums[0] = a, sums[1] = b, sums[2] = e;
+    return;
+  }
+  T a[L] = {}, b[L] = {}, e[L] = {};
   const T mean = k.mean, scale = k.scale, shift = k.shift, slope = k.slope;
   const auto add = [&](T from, T g, int l) {
     const T d = from - mean, v = scale * d + shift, h = v > T(0) ? g : slope * g;
