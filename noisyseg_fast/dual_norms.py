@@ -9,7 +9,7 @@ Which computations are fused: the plain forward pass; the forward and backward p
 for it: x and four numbers a channel); forward mode by `torch.autograd.forward_ad` while no gradient is recorded, in
 one kernel; `torch.func.jvp`, in two. All others are right too, by torch's own operations (`reference.norm_act`):
 second derivatives (`create_graph=True`), batched gradients, forward over reverse, `torch.func.grad`, `vjp` and
-`vmap`, `torch.compile`, `is_scripting`, running statistics of instance norm in training, and devices and dtypes that
+`vmap`, `torch.compile`, scripting and tracing, running statistics of instance norm in training, and devices and dtypes that
 the kernels do not know. Under autocast the result has x's dtype, where torch's group norm on CUDA gives float32.
 """
 
@@ -112,10 +112,17 @@ def _check(
     channels = x.shape[1]
     if norm == "group" and (groups < 1 or channels % groups != 0):
         raise ValueError(f"groups must divide the {channels} channels of x, got {groups}")
-    named = {"weight": tensors[1], "bias": tensors[2], "running_mean": running_mean, "running_var": running_var}
+    named = {
+        "weight": tensors[1],
+        "bias": tensors[2],
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
     for name, v in named.items():
         if v is not None and tuple(v.shape) != (channels,):
-            raise ValueError(f"{name} has shape {tuple(v.shape)}; x has {channels} channels: pass ({channels},)")
+            raise ValueError(
+                f"{name} has shape {tuple(v.shape)}; x has {channels} channels: pass ({channels},)"
+            )
     if tensors[3] is not None and tuple(tensors[3].shape) not in ((channels,), (1,)):
         raise ValueError(f"slope has shape {tuple(tensors[3].shape)}; pass (1,) or ({channels},)")
     if tensors[3] is None and not isinstance(slope, (int, float)):
@@ -261,9 +268,7 @@ class _Options:
         workspace = _workspace(space, arrays, numbers)
         views = (view(stats), view(grad_x), *map(view, grads))
         _core.norm_backward(arrays, numbers, view(grad_y), *views, workspace.data_ptr(), space.exec)
-        return grad_x, *(
-            None if g is None else g.to(t.dtype) for g, t in zip(grads, parameters, strict=True)
-        )
+        return grad_x, *(None if g is None else g.to(t.dtype) for g, t in zip(grads, parameters, strict=True))
 
 
 def _dense(x: Tensor) -> tuple[Tensor, torch.memory_format]:
@@ -348,6 +353,8 @@ class _Tangent(_Function):
 class FusedActivation(nn.Module):
     """Stands where an activation was that the norm before it now computes; holds its parameter, if it has one."""
 
+    _fused: _Fused
+
     def __init__(self, activation: nn.Module) -> None:
         super().__init__()
         self.__dict__["_fused"] = _Fused(activation)
@@ -375,10 +382,10 @@ class FusedActivation(nn.Module):
 class _Fused:
     """An activation, the norms that compute it, and the dropouts between."""
 
-    def __init__(self, activation: nn.Module) -> None:
+    def __init__(self, activation: Any) -> None:
         self.activation = activation
-        self.norms: list[nn.Module] = []
-        self.between: list[nn.Module] = []
+        self.norms: list[Any] = []
+        self.between: list[Any] = []
 
     def joined(self) -> bool:
         """Not while a dropout between them drops, or somebody's hook wants to see the norm's own output."""
@@ -409,9 +416,7 @@ class _DualBatchNorm(DualNorm):
         use = not of.training or of.track_running_stats
         mean, var = (of.running_mean, of.running_var) if use else (None, None)
         training = of.training or (of.running_mean is None and of.running_var is None)
-        return self._apply_norm(
-            x, running_mean=mean, running_var=var, training=training, momentum=momentum
-        )
+        return self._apply_norm(x, running_mean=mean, running_var=var, training=training, momentum=momentum)
 
 
 class _DualInstanceNorm(DualNorm):
@@ -546,16 +551,17 @@ def _hooked(m: Any) -> bool:
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
-def _pairs(parent: nn.Module) -> list[tuple[list[nn.Module], list[nn.Module], str]]:
+def _pairs(parent: nn.Module) -> list[tuple[list[Any], list[Any], str]]:
     """(norms, dropouts between, name of the activation) among parent's children."""
-    found = []
+    found: list[tuple[list[Any], list[Any], str]] = []
     block = _BLOCKS.get(f"{type(parent).__module__}.{type(parent).__qualname__}")
     if block is not None:
         norms = [parent._modules[n] for n in block[0]]
         if type(parent._modules[block[1]]) in _ACTIVATIONS:
             found.append((norms, [], block[1]))
     elif isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
-        norm, between = None, []
+        norm: Any = None
+        between: list[Any] = []
         for name, m in parent._modules.items():
             if type(m) in _ACTIVATIONS and norm is not None:
                 found.append(([norm], between, name))

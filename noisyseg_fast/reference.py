@@ -763,7 +763,9 @@ def norm_act(
     elif norm == "instance":
         y = F.instance_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     else:
-        y = F.group_norm(x.contiguous(), groups, weight, bias, eps)  # forward AD of others fails in torch 2.13
+        y = F.group_norm(
+            x.contiguous(), groups, weight, bias, eps
+        )  # forward AD of others fails in torch 2.13
     if isinstance(slope, Tensor):
         return F.prelu(y, slope)
     if slope == 1:

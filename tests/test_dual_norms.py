@@ -341,7 +341,9 @@ def test_compiled():
             return tuple(forward_ad.unpack_dual(norm_act(forward_ad.make_dual(x, x_dot), **options)))
 
     ours = torch.compile(along, backend="eager")(tensors[0], dots[0])
-    wanted = tangents(reference.norm_act, [tensors[0], None, None, None], [dots[0], None, None, None], options)
+    wanted = tangents(
+        reference.norm_act, [tensors[0], None, None, None], [dots[0], None, None, None], options
+    )
     for a, b in zip(ours, wanted, strict=True):
         close(a, b, 1e-12)
 
@@ -375,9 +377,10 @@ def test_what_runs_in_the_kernels(monkeypatch):
     assert runs(lambda: gradients(norm_act, tensors, options, cotangent, create_graph=True)) == [
         "norm_forward"
     ]
-    assert runs(lambda: torch.func.jvp(lambda x: norm_act(x, **options), (tensors[0],), (dots[0],))) == [
-        "norm_forward"
-    ] * 2
+    assert (
+        runs(lambda: torch.func.jvp(lambda x: norm_act(x, **options), (tensors[0],), (dots[0],)))
+        == ["norm_forward"] * 2
+    )
 
 
 # ---- running statistics, modules ------------------------------------------------------------------
@@ -427,7 +430,9 @@ def test_batch_norm_without_running_statistics_and_tracking_instance_norm():
         fused = fuse_dual_norms(copy.deepcopy(plain))
         for training in (True, False):
             close(fused.train(training)(x), plain.train(training)(x), 1e-12)
-        assert all(torch.equal(a, b) for a, b in zip(*(n.state_dict().values() for n in (plain, fused)), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(*(n.state_dict().values() for n in (plain, fused)), strict=True)
+        )
 
 
 BATCH, GROUP = ("batch", {}), ("group", {"num_groups": 2})
