@@ -15,16 +15,24 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from noisyseg_fast.timing import measure
 
+<<<<<<< HEAD
 from . import distance, labels, losses, meta, metrics, report, task_losses, weight_nets
+=======
+from . import distance, losses, metrics, norms, report, task_losses
+>>>>>>> norms
 
 FAMILIES = {
     "losses": losses,
     "task_losses": task_losses,
     "distance": distance,
     "metrics": metrics,
+<<<<<<< HEAD
     "labels": labels,
     "weight_nets": weight_nets,
     "meta": meta,
+=======
+    "norms": norms,
+>>>>>>> norms
 }
 
 

@@ -9,7 +9,7 @@ Which computations are fused: the plain forward pass; the forward and backward p
 for it: x and four numbers a channel); forward mode by `torch.autograd.forward_ad` while no gradient is recorded, in
 one kernel; `torch.func.jvp`, in two. All others are right too, by torch's own operations (`reference.norm_act`):
 second derivatives (`create_graph=True`), batched gradients, forward over reverse, `torch.func.grad`, `vjp` and
-`vmap`, `torch.compile`, `is_scripting`, running statistics of instance norm in training, and devices and dtypes that
+`vmap`, `torch.compile`, scripting and tracing, running statistics of instance norm in training, and devices and dtypes that
 the kernels do not know. Under autocast the result has x's dtype, where torch's group norm on CUDA gives float32.
 """
 
@@ -353,6 +353,8 @@ class _Tangent(_Function):
 class FusedActivation(nn.Module):
     """Stands where an activation was that the norm before it now computes; holds its parameter, if it has one."""
 
+    _fused: _Fused
+
     def __init__(self, activation: nn.Module) -> None:
         super().__init__()
         self.__dict__["_fused"] = _Fused(activation)
@@ -380,10 +382,10 @@ class FusedActivation(nn.Module):
 class _Fused:
     """An activation, the norms that compute it, and the dropouts between."""
 
-    def __init__(self, activation: nn.Module) -> None:
+    def __init__(self, activation: Any) -> None:
         self.activation = activation
-        self.norms: list[nn.Module] = []
-        self.between: list[nn.Module] = []
+        self.norms: list[Any] = []
+        self.between: list[Any] = []
 
     def joined(self) -> bool:
         """Not while a dropout between them drops, or somebody's hook wants to see the norm's own output."""
@@ -549,16 +551,17 @@ def _hooked(m: Any) -> bool:
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
-def _pairs(parent: nn.Module) -> list[tuple[list[nn.Module], list[nn.Module], str]]:
+def _pairs(parent: nn.Module) -> list[tuple[list[Any], list[Any], str]]:
     """(norms, dropouts between, name of the activation) among parent's children."""
-    found = []
+    found: list[tuple[list[Any], list[Any], str]] = []
     block = _BLOCKS.get(f"{type(parent).__module__}.{type(parent).__qualname__}")
     if block is not None:
         norms = [parent._modules[n] for n in block[0]]
         if type(parent._modules[block[1]]) in _ACTIVATIONS:
             found.append((norms, [], block[1]))
     elif isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
-        norm, between = None, []
+        norm: Any = None
+        between: list[Any] = []
         for name, m in parent._modules.items():
             if type(m) in _ACTIVATIONS and norm is not None:
                 found.append(([norm], between, name))
