@@ -15,9 +15,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from noisyseg_fast.timing import measure
 
-from . import distance, losses, metrics, report, task_losses
+from . import distance, losses, metrics, noise, report, task_losses
 
-FAMILIES = {"losses": losses, "task_losses": task_losses, "distance": distance, "metrics": metrics}
+FAMILIES = {
+    "losses": losses,
+    "task_losses": task_losses,
+    "distance": distance,
+    "metrics": metrics,
+    "noise": noise,
+}
 
 
 def main() -> None:
