@@ -423,7 +423,7 @@ def distort_boundary(
 
     share: of the contour's pixels that become the centre of a disk to add, and the same for one to remove. radius: in
     pixels, one integer or (least, most), drawn for each disk. The contour is the object's pixels with a face
-    neighbour in the background. The union of all disks is one distance transform, whatever their number and size.
+    neighbour in the background. All disks are made by one distance transform, whatever their number and size.
     """
     low, high = (round(r) for r in _range("radius", radius))
     _probability("share", share)
@@ -437,8 +437,11 @@ def distort_boundary(
     for turn in (0, 1):
         chosen = contour & (_uniforms(batch, keys, 2 * turn) < share)
         r = (_uniforms(batch, keys, 2 * turn + 1) * (high - low + 1)) // 1 + low
-        depth = _where(batch, chosen, -(r * r), math.inf)
-        disks = sampled_distance(depth, spatial_dims=batch.dims) <= 0
+        if low == high:  # a transform of a mask takes less time than one of a function
+            disks = distance_transform_edt(~chosen, spatial_dims=batch.dims) <= low
+        else:
+            depth = _where(batch, chosen, -(r * r), math.inf)
+            disks = sampled_distance(depth, spatial_dims=batch.dims) <= 0
         out = out & ~disks if turn else out | disks
     return _result(batch, out)
 

@@ -113,24 +113,26 @@ void components(const uint8_t* mask, const int64_t n[3], bool full, int32_t* par
 
 // ---- polygons --------------------------------------------------------------------------------------
 
-// A row's windings as differences, then their sum: m edges and the row's pixels per row and polygon.
+// A row's windings as differences, then their sum: m edges and the polygon's width per row and polygon.
 void fill_polygon(const int32_t* v, int64_t m, int64_t rows, int64_t columns, int32_t* turns, uint8_t* out) {
-  int64_t low = rows * formulas::subpixels, high = -1;
-  for (int64_t i = 0; i < m; ++i) {
-    low = smaller(low, v[2 * i]);
-    high = larger(high, v[2 * i]);
-  }
-  const int64_t last = smaller(formulas::floor_div(high, formulas::subpixels), rows - 1);
-  for (int64_t y = larger(-formulas::floor_div(-low, formulas::subpixels), 0); y <= last; ++y) {
+  int64_t low[2] = {INT64_MAX, INT64_MAX}, high[2] = {INT64_MIN, INT64_MIN};  // in pixels
+  for (int64_t i = 0; i < m; ++i)
+    for (int k = 0; k < 2; ++k) {
+      low[k] = smaller(low[k], formulas::floor_div(v[2 * i + k], formulas::subpixels));
+      high[k] = larger(high[k], formulas::floor_div(v[2 * i + k], formulas::subpixels) + 1);
+    }
+  const int64_t left = larger(low[1], 0), right = smaller(high[1] + 1, columns);
+  if (left >= right) return;
+  for (int64_t y = larger(low[0], 0); y <= smaller(high[0], rows - 1); ++y) {
     uint8_t* row = out + y * columns;
-    memset(turns, 0, static_cast<size_t>(columns) * sizeof(int32_t));
+    memset(turns + left, 0, static_cast<size_t>(right - left) * sizeof(int32_t));
     for (int64_t i = 0; i < m; ++i) {
       const Crossing c = formulas::crossing(v + 2 * i, v + 2 * (i + 1 < m ? i + 1 : 0), y);
       for (int64_t x = larger(c.on, 0); x < smaller(c.on_end, columns); ++x) row[x] = 1;
-      if (c.turns && c.first < columns) turns[larger(c.first, 0)] += c.turns;
+      if (c.turns && c.first < right) turns[larger(c.first, left)] += c.turns;
     }
     int32_t sum = 0;
-    for (int64_t x = 0; x < columns; ++x) {
+    for (int64_t x = left; x < right; ++x) {
       sum += turns[x];
       row[x] |= sum != 0;
     }
@@ -142,24 +144,24 @@ void fill_polygon(const int32_t* v, int64_t m, int64_t rows, int64_t columns, in
 // Samples `count` places; fills what lies outside.
 struct Nearest {
   template <class T, int block>
-  static void put(const Deformation& d, const T* image, const double (&p)[3][block], int64_t count,
-                  const T& fill, double, T* out) {
+  static void put(const Deformation& d, const T* image, const double (&p)[3][block], int count, const T& fill,
+                  double, T* out) {
     double at[block];  // formulas::nearest_voxel in doubles, which are vectorised
     const double n0 = static_cast<double>(d.n[0]), n1 = static_cast<double>(d.n[1]),
                  n2 = static_cast<double>(d.n[2]);
-    for (int64_t j = 0; j < count; ++j) {
+    for (int j = 0; j < count; ++j) {
       const double a = floor(p[0][j] + 0.5), b = floor(p[1][j] + 0.5), c = floor(p[2][j] + 0.5);
       const bool inside = (a >= 0) & (a < n0) & (b >= 0) & (b < n1) & (c >= 0) & (c < n2);
       at[j] = inside ? (a * n1 + b) * n2 + c : -1;
     }
-    for (int64_t j = 0; j < count; ++j) out[j] = at[j] < 0 ? fill : image[static_cast<int64_t>(at[j])];
+    for (int j = 0; j < count; ++j) out[j] = at[j] < 0 ? fill : image[static_cast<int64_t>(at[j])];
   }
 };
 struct Linear {
   template <class T, int block>
-  static void put(const Deformation& d, const T* image, const double (&at)[3][block], int64_t count, const T&,
+  static void put(const Deformation& d, const T* image, const double (&at)[3][block], int count, const T&,
                   double fill, T* out) {
-    for (int64_t j = 0; j < count; ++j) {
+    for (int j = 0; j < count; ++j) {
       const double p[3] = {at[0][j], at[1][j], at[2][j]};
       out[j] = static_cast<T>(formulas::linear_value(d, image, p, fill));
     }
@@ -192,22 +194,28 @@ void deform_rows(const Deformation& d, const T* image, T fill, double fill_value
       int64_t end = smaller(x + block, d.n[2]);
       if (points > 1)  // no further than this interval
         while (end - 1 > x && formulas::interval(d, 2, end - 1, &place) > i) --end;
+      // Counters of 32 bits: AVX2 converts no others to double.
+      const int count = static_cast<int>(end - x);
+      const double first = static_cast<double>(x);
+      double w[4][block];
+      for (int j = 0; j < count && points > 1; ++j) {
+        double of_j[4];
+        formulas::spline_weights((first + j) * d.scale[2] + -static_cast<double>(i), of_j);
+        for (int t = 0; t < 4; ++t) w[t][j] = of_j[t];
+      }
       for (int k = 0; k < 3; ++k) {
         if (points == 1) {
-          for (int64_t j = x; j < end; ++j)
-            at[k][j - x] = base[k] + slope[k] * static_cast<double>(j) + columns[k][0];
+          for (int j = 0; j < count; ++j) at[k][j] = base[k] + slope[k] * (first + j) + columns[k][0];
           continue;
         }
         double c[4];
         for (int t = 0; t < 4; ++t) c[t] = columns[k][formulas::mirrored(i - 1 + t, points)];
-        for (int64_t j = x; j < end; ++j) {
-          double w[4];
-          formulas::spline_weights(static_cast<double>(j) * d.scale[2] + -static_cast<double>(i), w);
-          const double u = ((w[0] * c[0] + w[1] * c[1]) + w[2] * c[2]) + w[3] * c[3];
-          at[k][j - x] = base[k] + slope[k] * static_cast<double>(j) + u;
+        for (int j = 0; j < count; ++j) {
+          const double u = ((w[0][j] * c[0] + w[1][j] * c[1]) + w[2][j] * c[2]) + w[3][j] * c[3];
+          at[k][j] = base[k] + slope[k] * (first + j) + u;
         }
       }
-      Sampling::template put<T, block>(d, image + item * size, at, end - x, fill, fill_value,
+      Sampling::template put<T, block>(d, image + item * size, at, count, fill, fill_value,
                                        out + item * size + r % rows * d.n[2] + x);
       x = end;
     }
@@ -230,11 +238,20 @@ void uniforms(const Array& keys, int stream, const Array& out, const Exec& exec)
   const int64_t* key = static_cast<const int64_t*>(keys.data);
   float* to = static_cast<float*>(out.data);
   const int threads = threads_for(exec, items * n);
+  constexpr int64_t part = 1024;
+  const int64_t parts = (blocks + part - 1) / part;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < items * blocks; ++i) {
-    const formulas::Words words = formulas::random_words(key[i / blocks], stream, i % blocks);
-    for (int64_t k = 0; k < 4 && i % blocks * 4 + k < n; ++k)
-      to[i / blocks * n + i % blocks * 4 + k] = formulas::uniform(words.x[k]);
+  for (int64_t i = 0; i < items * parts; ++i) {
+    const int64_t item = i / parts, begin = i % parts * part, end = smaller(begin + part, blocks);
+    float* row = to + item * n;
+    for (int64_t block = begin; block < smaller(end, n / 4); ++block) {
+      const formulas::Words words = formulas::random_words(key[item], stream, block);
+      for (int k = 0; k < 4; ++k) row[4 * block + k] = formulas::uniform(words.x[k]);
+    }
+    if (end == blocks && n % 4) {
+      const formulas::Words words = formulas::random_words(key[item], stream, blocks - 1);
+      for (int64_t k = 0; k < n % 4; ++k) row[4 * (blocks - 1) + k] = formulas::uniform(words.x[k]);
+    }
   }
 }
 
