@@ -20,7 +20,7 @@ demo: $(VENV)/.demo
 	$(bin)/noisyseg demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.test
-	PATH="$(abspath $(bin)):$$PATH" python -m pytest
+	PATH="$(abspath $(bin)):$$PATH" OMP_WAIT_POLICY=passive python -m pytest -n auto --dist loadfile
 
 bench: $(VENV)/.test
 	$(bin)/python -m bench
@@ -29,7 +29,7 @@ lint: $(VENV)/.test
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
-	$(bin)/clang-format --dry-run -Werror $$(find csrc tests/emulator -name '*.h' -o -name '*.c[pu]*')
+	$(bin)/clang-format --dry-run -Werror $$(find csrc tests/emulator examples -name '*.h' -o -name '*.c[pu]*')
 
 clean:
 	rm -rf $(VENV) build noisyseg_fast/_core*.so *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -1,7 +1,7 @@
 """Every operation against its peers on this machine: python -m bench
 
-Writes results.json, results.md and speedups.png. On the CPU unless a CUDA device is found and our build has its
-kernels (or --device says otherwise).
+Writes a JSON file for each family, results.md and speedups.png. On the CPU unless a CUDA device is found and our
+build has its kernels (or --device says otherwise).
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from noisyseg_fast.timing import measure
 
-from . import distance, losses, metrics, report, task_losses, weight_nets
+from . import distance, labels, losses, meta, metrics, report, task_losses, weight_nets
 
 FAMILIES = {
     "losses": losses,
     "task_losses": task_losses,
     "distance": distance,
     "metrics": metrics,
+    "labels": labels,
     "weight_nets": weight_nets,
+    "meta": meta,
 }
 
 

@@ -1,4 +1,8 @@
-"""What a run of the benchmarks says: the machine, tables, JSON and the plot."""
+"""What the benchmarks say: the machine, tables, JSON and the plot.
+
+A machine's folder holds one JSON for each family, as its last run left it; results.md, speedups.png and the README's
+table are made from those, so that no figure is typed by hand.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from typing import Any
 from rich.table import Table
 
 from noisyseg_fast import build_info
-from noisyseg_fast.timing import COPY, OURS, Measurement, duration, entry
+from noisyseg_fast.timing import COPY, OURS, Measurement, duration
 
 PACKAGES = ("torch", "numpy", "scipy", "monai", "edt", "medpy", "SimpleITK")
 PACKAGES += ("opencv-python-headless", "cupy-cuda13x", "cucim-cu13")
@@ -121,68 +125,124 @@ def table(measured: Measurement) -> Table:
 
 
 def write(out: Path, machine: dict[str, Any], done: list[Measurement]) -> None:
-    """results.json, results.md and speedups.png in the folder `out`."""
+    """FAMILY.json of each family that was measured, then results.md and speedups.png of all in the folder."""
     out.mkdir(parents=True, exist_ok=True)
-    cases = [
-        {
-            "family": m.case.family,
-            "operation": m.case.operation,
-            "input": m.case.input,
-            "device": m.case.device,
-            "bytes_moved": m.case.moved,
-            "fraction_of_copy_bandwidth": m.of_copy(),
-            "contenders": {
-                name: asdict(t) | {"ours_is_faster": m.speedup(name)} for name, t in m.timings.items()
-            },
-        }
-        for m in done
-    ]
-    text = json.dumps({"machine": machine, "cases": cases}, indent=1)
-    (out / "results.json").write_text(text + "\n", encoding="utf-8")
-    (out / "results.md").write_text(markdown(machine, done), encoding="utf-8")
-    plot(out / "speedups.png", machine, done)
+    for family in dict.fromkeys(m.case.family for m in done):
+        cases = [_record(m) for m in done if m.case.family == family]
+        text = json.dumps({"machine": machine, "cases": cases}, indent=1)
+        (out / f"{family}.json").write_text(text + "\n", encoding="utf-8")
+    runs = read(out)
+    (out / "results.md").write_text(markdown(runs), encoding="utf-8")
+    plot(out / "speedups.png", runs)
 
 
-def markdown(machine: dict[str, Any], done: list[Measurement]) -> str:
+def _record(measured: Measurement) -> dict[str, Any]:
+    case = measured.case
+    return {
+        "operation": case.operation,
+        "input": case.input,
+        "device": case.device,
+        "headline": case.headline,
+        "bytes_moved": case.moved,
+        "fraction_of_copy_bandwidth": measured.of_copy(),
+        "contenders": {
+            name: asdict(t) | {"ours_is_faster": measured.speedup(name)}
+            for name, t in measured.timings.items()
+        },
+    }
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """The last run of each family: {"losses": {"machine": ..., "cases": [...]}, ...}."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def markdown(runs: dict[str, dict[str, Any]]) -> str:
     """One table for each family: medians, and in brackets how many times faster ours is."""
-    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
     lines = [
-        f"# {machine['processor']}, {machine['cores']} CPU cores, {machine['threads']} threads",
-        "",
-        f"{machine['date']}, commit {machine['commit']}, {machine['system']}, Python {machine['python']}; "
-        f"{versions}. Load per core at the start: {machine['load']:.2f}.",
-        "",
         "Medians; in brackets how many times faster ours is. Copy: the fraction that ours reaches of the bandwidth "
         "of a plain copy of as many bytes. Memory: the peak beyond the inputs, the result included. "
-        "p20, p80 and the peers' memory are in results.json.",
+        "p20, p80 and the peers' memory are in the JSON files.",
     ]
-    for family in dict.fromkeys(m.case.family for m in done):
-        members = [m for m in done if m.case.family == family]
-        names = list(dict.fromkeys(n for m in members for n in m.timings if n not in (OURS, COPY)))
+    for family, run in runs.items():
+        machine, cases = run["machine"], run["cases"]
+        versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
+        names = list(dict.fromkeys(n for c in cases for n in c["contenders"] if n not in (OURS, COPY)))
         head = ["operation", "input", "ours", "moved", "copy", "memory", *names]
-        lines += ["", f"## {family}", "", _line(head), _line(["---"] * 2 + ["---:"] * (len(head) - 2))]
-        for m in members:
-            fraction = m.of_copy()
-            cells = [m.case.operation, m.case.input, entry(m, OURS), _size(m.case.moved)]
-            cells += [f"{fraction:.0%}" if fraction else "", _size(m.timings[OURS].extra)]
-            lines.append(_line([*cells, *(entry(m, n) if n in m.timings else "" for n in names)]))
+        lines += [
+            "",
+            f"## {family}",
+            "",
+            f"{machine['processor']}, {machine['cores']} CPU cores, {machine['threads']} threads, "
+            f"{machine['date']}, commit {machine['commit']}, {machine['system']}, Python {machine['python']}; "
+            f"{versions}. Load per core at the start: {machine['load']:.2f}.",
+            "",
+            _line(head),
+            _line(["---"] * 2 + ["---:"] * (len(head) - 2)),
+        ]
+        for case in cases:
+            fraction, contenders = case["fraction_of_copy_bandwidth"], case["contenders"]
+            cells = [case["operation"], case["input"], _entry(case, OURS), _size(case["bytes_moved"])]
+            cells += [f"{fraction:.0%}" if fraction else "", _size(contenders[OURS]["extra"])]
+            lines.append(_line([*cells, *(_entry(case, n) if n in contenders else "" for n in names)]))
     return "\n".join(lines) + "\n"
+
+
+def headlines(runs: dict[str, dict[str, Any]]) -> str:
+    """The README's table: the headline cases, with the fastest of the peers in the last column."""
+    lines = [_line(["operation", "input", "ours", "eager PyTorch", "torch.compile", "best of the others"])]
+    lines.append(_line(["---", "---", *["---:"] * 4]))
+    for case in (c for run in runs.values() for c in run["cases"] if c["headline"]):
+        contenders = case["contenders"]
+        others = [n for n in contenders if n not in (OURS, COPY, "eager", "torch.compile")]
+        timed = sorted((n for n in others if contenders[n]["p50"]), key=lambda n: contenders[n]["p50"])
+        best = f"{timed[0]} {_entry(case, timed[0])}" if timed else ""
+        own = [_entry(case, n) if n in contenders else "" for n in (OURS, "eager", "torch.compile")]
+        lines.append(_line([case["operation"], case["input"], *own, best]))
+    return "\n".join(lines)
+
+
+BEGIN, END = "<!-- made by python -m bench.report -->", "<!-- end -->"
+
+
+def update_readme(readme: Path, folder: Path) -> None:
+    """Put the headline table of that machine's results between the README's two marks."""
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END, 1)[1]
+    table = headlines(read(folder))
+    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+
+
+def _entry(case: dict[str, Any], name: str) -> str:
+    """As timing.entry, from the JSON; why a contender was not timed stands there."""
+    timed = case["contenders"][name]
+    if timed["p50"] is None:
+        return f"wrong: {timed['note']}" if timed["state"] == "wrong" else timed["state"]
+    faster = timed["ours_is_faster"]
+    return duration(timed["p50"]) + (f" ({faster:.1f}x)" if name != OURS and faster else "")
 
 
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(c.replace('|', '/') for c in cells)} |"
 
 
-def plot(path: Path, machine: dict[str, Any], done: list[Measurement]) -> None:
+def plot(path: Path, runs: dict[str, dict[str, Any]]) -> None:
     """Bars of the speed-ups in the headline cases, for a README 900 pixels wide; no file without any."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    chosen = [m for m in done if m.case.headline and m.timings[OURS].p50]
-    bars = [(m, [(n, s) for n in m.timings if n not in (OURS, COPY) and (s := m.speedup(n))]) for m in chosen]
-    bars = [(m, b) for m, b in bars if b]
+    bars = []
+    for case in (c for run in runs.values() for c in run["cases"] if c["headline"]):
+        speedups = [
+            (name, timed["ours_is_faster"])
+            for name, timed in case["contenders"].items()
+            if name not in (OURS, COPY) and timed["ours_is_faster"]
+        ]
+        if speedups:
+            bars.append((case, speedups))
     if not bars:
         return
     names = list(dict.fromkeys(n for _, b in bars for n, _ in b))
@@ -190,9 +250,9 @@ def plot(path: Path, machine: dict[str, Any], done: list[Measurement]) -> None:
     rows = sum(len(b) + 1 for _, b in bars)
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.2 * rows), layout="constrained")
     y, ticks, labels = 0.0, [], []
-    for m, b in bars:
+    for case, b in bars:
         ticks.append(y + (len(b) - 1) / 2)
-        labels.append(f"{m.case.operation.replace(', ', chr(10))}\n{m.case.input}")
+        labels.append(f"{case['operation'].replace(', ', chr(10))}\n{case['input']}")
         for name, faster in b:
             axes.barh(y, faster - 1, left=1, height=0.9, color=colours[name])
             axes.text(max(faster, 1) * 1.04, y, f"{name}  {faster:.3g}x", va="center", fontsize=8)
@@ -204,9 +264,18 @@ def plot(path: Path, machine: dict[str, Any], done: list[Measurement]) -> None:
     axes.set_xlim(min(0.8, *(s for _, b in bars for _, s in b)), 4 * max(s for _, b in bars for _, s in b))
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlabel("how many times faster noisyseg-fast is (1: as fast)")
+    dates = sorted({run["machine"]["date"] for run in runs.values()})
+    days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    machine = next(iter(runs.values()))["machine"]
     axes.set_title(
-        f"{machine['processor']}, {machine['threads']} CPU threads, {machine['date']}", fontsize=10
+        f"{machine['processor']}, {machine['threads']} CPU threads, {days}",
+        fontsize=10,
     )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    root = Path(__file__).parents[1]
+    update_readme(root / "README.md", root / "bench" / "results" / slug(machine("cpu")["processor"]))

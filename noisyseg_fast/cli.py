@@ -66,8 +66,8 @@ app = typer.Typer(
 
 Option = typer.Option
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
-SOURCE = "'sample', a folder (imagesTr, labelsTr) or a datalist .json."
-METAVAR = "sample|DIR|JSON"
+SOURCE = "'sample', a folder (imagesTr, labelsTr), a datalist .json or arrays .npz."
+METAVAR = "sample|DIR|JSON|NPZ"
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -123,6 +123,16 @@ def train(
     noise_rate: Annotated[
         float | None, Option(help="Share of training labels to dilate by 0-6 pixels. [default: 0]")
     ] = None,
+    meta_fraction: Annotated[
+        float | None,
+        Option(
+            help="Share of the training patients whose labels are clean, where the data mark none. [default: 0]"
+        ),
+    ] = None,
+    train_on: Annotated[
+        str | None,
+        Option(help="training (the perhaps noisy cases), meta (the clean ones) or both. [default: training]"),
+    ] = None,
     patch: Annotated[
         str | None, Option(help="Patch size, as 96x96x32. [default: the image, or 256^2, 64^3]")
     ] = None,
@@ -147,6 +157,8 @@ def train(
 
     Example: `noisyseg train --data sample --method nr_dice --noise-rate 0.4 --out runs/nr_dice`
 
+    Example: `noisyseg train --data sample --method mcpm --noise-rate 0.4 --meta-fraction 0.15 --out runs/mcpm`
+
     Example: `noisyseg train --data DIR --method nr_dice --set gamma=1.3 --epochs 200`, where DIR holds
     imagesTr/ and labelsTr/ as for nnU-Net (several raters: labelsTr/CASE_rater0.nii.gz, ...)
     """
@@ -164,6 +176,8 @@ def train(
         "batch_size": batch_size,
         "lr": lr,
         "noise_rate": noise_rate,
+        "meta_fraction": meta_fraction,
+        "train_on": train_on,
         "patch": _size(patch) if patch else None,
         "seed": seed,
         "out": str(folder) if folder else None,
@@ -196,7 +210,7 @@ def train(
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="best.pt of a run.")],
     data: Annotated[str | None, Option(help=f"{SOURCE} [default: the run's]", metavar=METAVAR)] = None,
-    split: Annotated[str, Option(help="training, validation, test or all.")] = "test",
+    split: Annotated[str, Option(help="training, validation, test, meta or all.")] = "test",
     file: Annotated[Path | None, Option("--out", help="CSV with a row for each case.")] = None,
     device: Device = "auto",
 ) -> None:
@@ -207,16 +221,13 @@ def evaluate(
     Without --data it is the run's own data; the split by patient is the run's.
     """
     from .training import evaluate as scoring
-    from .training.data import Store, open_data
-    from .training.engine import progress
+    from .training.data import Store
+    from .training.engine import config_of, open_run, progress
     from .training.model import load_model, pick_device, read_checkpoint
 
     place = pick_device(device)
     state = read_checkpoint(checkpoint)
-    config = state["config"]
-    source = open_data(
-        data or config["data"], validation=config["validation"], test=config["test"], seed=config["seed"]
-    )
+    source = open_run(config_of(state["config"]), data)
     cases = source.split(split)
     method, spec = load_model(state, place)
     if source.classes != spec.classes:
@@ -265,6 +276,124 @@ def predict(
         task = bars.add_task("predicting", total=len(todo), note="")
         prediction.predict(method, spec, todo, place, lambda: bars.advance(task))
     _say(f"{len(todo)} mask(s)", folder)
+
+
+@app.command()
+def reproduce(
+    study: Annotated[str, typer.Argument(help="Which: mcpm.")],
+    data: Annotated[str, Option(help=SOURCE, metavar=METAVAR)] = "sample",
+    seeds: Annotated[int, Option(help="How many, from 0.")] = 3,
+    budget: Annotated[int, Option(help="Iterations of every run.")] = 500,
+    arm: Annotated[list[str] | None, Option(help="Only this arm; repeatable. [default: the paper's]")] = None,
+    folder: Annotated[Path | None, Option("--out", help="[default: runs/STUDY]")] = None,
+    quick: Annotated[bool, Option("--quick", help="Tiny runs, to try the machinery.")] = False,
+) -> None:
+    """Repeat a paper's comparison, with the same budget for all arms. Interrupted, it goes on when called again.
+
+    Example: `noisyseg reproduce mcpm --data lidc2d_64.npz --seeds 3 --out runs/mcpm`
+    """
+    from .training import reproduce as studies
+
+    folder = folder or Path("runs") / study
+    try:
+        studies.reproduce(
+            study,
+            folder,
+            data=data,
+            seeds=seeds,
+            budget=min(budget, 4) if quick else budget,
+            arms=arm or (),
+            quick=quick,
+            console=out,
+        )
+    except KeyboardInterrupt:
+        print("noisyseg: interrupted; the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    _say("results", folder / "results.md")
+
+
+@app.command()
+def fuse(
+    masks: Annotated[
+        list[Path], typer.Argument(help="One file for each rater (.nii.gz, .nii, .png), of one image.")
+    ],
+    out_file: Annotated[
+        Path, Option("--out", "-o", help="The fused mask, in the first file's geometry; mean: fractions.")
+    ],
+    method: Annotated[str, Option(help="staple, majority, simple or mean.")] = "staple",
+    tie: Annotated[
+        str | None, Option(help="majority, simple: the label of ties, or lowest or highest. [default: 0]")
+    ] = None,
+    posterior: Annotated[
+        Path | None, Option(help="staple: a NIfTI file for the probability (of each label).")
+    ] = None,
+    classes: Annotated[
+        int | None, Option(help="Labels, 0 included. [default: masks; whatever is not 0 is object]")
+    ] = None,
+) -> None:
+    """Fuse the masks of several raters into one; say how good each rater is and how far they agree.
+
+    Example: `noisyseg fuse --method staple rater1.nii.gz rater2.nii.gz rater3.nii.gz -o fused.nii.gz`
+    """
+    from .training import fusion
+
+    result = fusion.fuse(masks, out_file, method=method, tie=tie, posterior=posterior, classes=classes)
+    table = Table(title=f"Raters against {result.against}")
+    for name in ("rater", "sensitivity", "specificity", "Dice"):
+        table.add_column(name, justify="left" if name == "rater" else "right", overflow="fold")
+    for path, scores in zip(masks, result.scores, strict=True):
+        table.add_row(str(path), *(f"{x:.4f}" for x in scores))
+    out.print(table)
+    out.print(
+        f"agreement: mean pairwise Dice {result.dice:.4f}, Fleiss' kappa {result.kappa:.4f}, "
+        f"Krippendorff's alpha {result.alpha:.4f}",
+        highlight=False,
+    )
+    _say("fused mask", out_file)
+    if posterior is not None:
+        _say("posterior", posterior)
+
+
+@app.command()
+def corrupt(
+    masks: Annotated[Path, typer.Argument(help="Folder of masks (.nii.gz, .nii, .png).")],
+    folder: Annotated[Path, Option("--out", help="A new or empty folder for the noisy masks.")],
+    noises: Annotated[
+        list[str],
+        Option(
+            "--noise",
+            help="dilate, erode, erode_or_dilate, elastic_deform, shift, flip_square, polygonize, erase_component "
+            "or distort_boundary; several make a mixture, each as likely or as NAME=PROBABILITY says.",
+        ),
+    ],
+    set_: Annotated[
+        list[str] | None,
+        Option("--set", help="A parameter, as radius=3; in a mixture as dilate.radius=3; repeatable."),
+    ] = None,
+    target_dice: Annotated[
+        float | None, Option(help="Find the strength that gives this mean Dice, as 0.8.")
+    ] = None,
+    seed: Annotated[int, Option(help="A file's noise depends on this and on the file's name.")] = 0,
+    mm: Annotated[bool, Option("--mm", help="Radii in mm, by the spacing in the files.")] = False,
+) -> None:
+    """Make masks worse on purpose: noisy masks, noise.json (parameters, seed, Dice) and a contact sheet to look at.
+
+    Example: `noisyseg corrupt labels/ --out noisy/ --noise dilate --set radius=3`
+
+    Example: `noisyseg corrupt labels/ --out noisy/ --noise erode_or_dilate=0.7 --noise distort_boundary=0.25
+    --set erode_or_dilate.radius=6,12` (PyMIC's for JSRT, which leaves 5 % clean)
+
+    Example: `noisyseg corrupt labels/ --out noisy/ --noise polygonize --target-dice 0.8`
+    """
+    from .training import corrupt as corruption
+    from .training.engine import progress
+
+    plan = corruption.plan(masks, folder, noises, _options(set_ or []), target_dice, seed, mm)
+    with progress(out) as bars:
+        task = bars.add_task("corrupting", total=len(plan.files), note="")
+        mean = corruption.write(plan, lambda: bars.advance(task))
+    out.print(f"mean Dice of the noisy masks: {mean:.4f}", highlight=False)
+    _say("contact sheet", folder / corruption.SHEET)
 
 
 @app.command()

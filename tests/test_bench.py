@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ pytest.importorskip("torch")
 from bench import report
 from noisyseg_fast import timing
 from noisyseg_fast.timing import COPY, OURS, Case, Contender
+
+ROOT = Path(__file__).parents[1]
 
 
 def small(*contenders: Contender) -> Case:
@@ -82,10 +85,34 @@ def test_the_real_cases_agree_with_their_oracles():
 
 
 def test_results_are_written(tmp_path):
-    measured = timing.measure(small(Contender("gone", missing)), 0.01)
+    measured = timing.measure(replace(small(Contender("gone", missing)), headline=True), 0.01)
     machine = report.machine("cpu")
     report.write(tmp_path, machine, [measured])
-    saved = json.loads((tmp_path / "results.json").read_text())
+    saved = json.loads((tmp_path / "losses.json").read_text())
     assert saved["cases"][0]["contenders"]["gone"]["state"] == "missing"
-    assert "not installed" in (tmp_path / "results.md").read_text()
+    assert "missing" in (tmp_path / "results.md").read_text()
     assert report.slug("AMD EPYC(TM) 7763") == "amd-epyc-7763"
+
+
+def test_families_measured_apart_end_in_one_report(tmp_path):
+    x = np.arange(1000.0)
+    case = replace(small(Contender("eager", lambda: lambda: x + x)), headline=True)
+    for family in ("losses", "distance"):
+        done = timing.measure(replace(case, family=family, operation=f"{family} twice"), 0.01)
+        report.write(tmp_path / "here", report.machine("cpu"), [done])
+    assert (tmp_path / "here" / "speedups.png").is_file()
+    text = (tmp_path / "here" / "results.md").read_text()
+    assert "losses twice" in text and "distance twice" in text
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# A\n{report.BEGIN}\nold\n{report.END}\nB\n")
+    report.update_readme(readme, tmp_path / "here")
+    report.update_readme(readme, tmp_path / "here")  # again: nothing is doubled
+    lines = readme.read_text().splitlines()
+    assert lines[0] == "# A" and lines[-1] == "B" and "old" not in lines
+    rows = [line for line in lines if "twice" in line]
+    assert len(rows) == 2 and all("x)" in row for row in rows)
+
+
+def test_the_readme_holds_the_committed_figures():
+    readme = (ROOT / "README.md").read_text()
+    assert report.headlines(report.read(ROOT / "bench" / "results" / "amd-epyc")) in readme

@@ -242,7 +242,7 @@ def test_numbered_cases_are_not_channels(tmp_path):
 
 
 def test_missing_source(tmp_path):
-    with error(f'{tmp_path / "none"}: no such data; pass "sample", a folder or a datalist .json'):
+    with error(f'{tmp_path / "none"}: no such data; pass "sample", a folder, a datalist .json or an .npz'):
         D.open_data(tmp_path / "none")
 
 
@@ -336,7 +336,15 @@ def test_unreadable_files(tmp_path):
         ("{}", 'needs a list "training"'),
         ('{"training": []}', "has no training cases"),
         ('{"training": [3]}', "training[0] must be an object with image and label"),
-        ('{"training": [{"image": "a.png"}]}', 'training[0]: "label" must be a file name or a list of them'),
+        ('{"training": [{"image": "a.png"}]}', "has no training cases"),
+        (
+            '{"training": [{"image": "a.png", "label": []}]}',
+            'training[0]: "label" must be a file name or a list of them',
+        ),
+        (
+            '{"training": [], "validation": [{"image": "a.png"}]}',
+            'validation[0]: "label" must be a file name or a list of them',
+        ),
         (
             '{"training": [{"image": "a.png", "label": "b.png", "spacing": [0, 1]}]}',
             '"spacing" must be a list of positive numbers, got [0, 1]',

@@ -39,10 +39,10 @@ def run(sanitizer: str, program: str, *arguments: str, **settings: str) -> subpr
         "TSAN_OPTIONS": "atexit_sleep_ms=0:exitcode=66",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     if "unexpected memory mapping" in done.stderr:  # a Linux that spreads addresses wider than GCC 12 knows
         command = ["setarch", "--addr-no-randomize", *command]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     return done
 
 

@@ -56,8 +56,8 @@ def test_networks(name, dims):
 def test_unknown_names():
     with refuses(ValueError, "unknown network 'vnet'; choose from unet, basicunet, segresnet"):
         networks.get("vnet")
-    with refuses(ValueError, "unknown method 'mcpm'; choose from ce, dice, nr_dice"):
-        methods.get("mcpm")
+    with refuses(ValueError, "unknown method 'none'; choose from ce, "):
+        methods.get("none")
     with refuses(ValueError, "width must be a multiple of 8 for network segresnet (group norm), got 12"):
         networks.build("segresnet", 2, 1, 1, 12)
 
@@ -82,7 +82,9 @@ def test_a_step_of_each_method_lowers_its_loss(name, channels):
         "label": label,
         "index": torch.arange(2),
     }
-    optimizer = torch.optim.Adam(method.parameters(), lr=1e-2)
+    batch |= {"meta": dict(batch), "raters": torch.stack([label, label], 1), "unlabelled": batch["image"]}
+    optimizer = torch.optim.Adam(method.trained(), lr=1e-2)
+    method.plan = methods.Plan(optimizer, 15, 15)
     losses = []
     for step in range(15):
         loss = method.training_step(batch, step)["loss"]
@@ -308,7 +310,7 @@ def test_infer_by_windows_equals_in_one_piece_far_from_borders():
         ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
         ({"noise_rate": 1.5}, "noise_rate must be between 0 and 1, got 1.5"),
         ({"seed": -1}, "seed must not be negative, got -1"),
-        ({"method": "mcpm"}, "unknown method 'mcpm'"),
+        ({"method": "none"}, "unknown method 'none'"),
         ({"network": "vnet"}, "unknown network 'vnet'"),
         ({"precision": "8"}, "unknown precision '8'; choose from 32-true, bf16-mixed, 16-mixed"),
         ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),

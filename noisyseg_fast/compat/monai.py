@@ -1,7 +1,14 @@
-"""Accumulators for MONAI: called on batches, then aggregate(); gathered over processes by MONAI.
+"""MONAI: its losses and metrics with our kernels, `patch_monai` for programs that were written for MONAI alone, and
+accumulators for what MONAI has no metric for.
 
-Batches are masks (B, C, *S), floats of 0 and 1 among them, or, with num_classes among the options, label images
-(B, *S) without a channel axis.
+    from noisyseg_fast.compat.monai import DiceCELoss, HausdorffDistanceMetric     # monai_losses, monai_metrics
+
+    with patch_monai():  # every MONAI loss and metric in here is ours, where ours can do what it has been told to
+        train()
+
+The accumulators are called on batches, then aggregate(); gathered over processes by MONAI. Batches are masks
+(B, C, *S), floats of 0 and 1 among them, or, with num_classes among the options, label images (B, *S) without a
+channel axis.
 
     hd95 = SurfaceMetric("hd_percentile", spacing=(1, 1, 2.5), empty="diagonal")
     for pred, target in cases: hd95(pred, target)
@@ -10,13 +17,104 @@ Batches are masks (B, C, *S), floats of 0 and 1 among them, or, with num_classes
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from monai import losses as monai_losses_peer
 from monai.metrics import CumulativeIterationMetric
+from monai.metrics import meandice as _meandice
 from monai.metrics.utils import do_metric_reduction
 
 from .. import metrics
+from . import monai_losses, monai_metrics
+from .monai_losses import (
+    DiceCELoss,
+    DiceFocalLoss,
+    DiceLoss,
+    FocalLoss,
+    GeneralizedDiceLoss,
+    HausdorffDTLoss,
+)
+from .monai_metrics import (
+    DiceMetric,
+    HausdorffDistanceMetric,
+    SurfaceDiceMetric,
+    SurfaceDistanceMetric,
+    compute_average_surface_distance,
+    compute_hausdorff_distance,
+    compute_surface_dice,
+    distance_transform_edt,
+)
+
+__all__ = [
+    "DiceCELoss",
+    "DiceFocalLoss",
+    "DiceLoss",
+    "DiceMetric",
+    "FocalLoss",
+    "GeneralizedDiceLoss",
+    "HausdorffDTLoss",
+    "HausdorffDistanceMetric",
+    "OverlapMetric",
+    "SurfaceDiceMetric",
+    "SurfaceDistanceMetric",
+    "SurfaceMetric",
+    "compute_average_surface_distance",
+    "compute_hausdorff_distance",
+    "compute_surface_dice",
+    "distance_transform_edt",
+    "patch_monai",
+]
+
+_FUNCTIONS = (
+    "compute_hausdorff_distance",
+    "compute_average_surface_distance",
+    "compute_surface_dice",
+    "distance_transform_edt",
+)
+
+
+@contextlib.contextmanager
+def patch_monai() -> Iterator[None]:
+    """Within it, MONAI's losses and metrics are computed by our kernels; afterwards by MONAI again.
+
+    Losses: the classes in monai_losses.NAMES, objects made before included; what ours cannot honour stays MONAI's.
+    Metrics: HausdorffDistanceMetric, SurfaceDistanceMetric, SurfaceDiceMetric, DiceMetric and their functions,
+    `distance_transform_edt`, in every module that has imported them from MONAI. Not for several threads that
+    want different things: MONAI's classes are changed for the whole process.
+
+    >>> with patch_monai():
+    ...     runpy.run_path("train_with_monai.py", run_name="__main__")
+    """
+    undo = contextlib.ExitStack()
+
+    def swap(owner: Any, name: str, value: Any) -> None:
+        before = owner.__dict__[name]
+        setattr(owner, name, value)
+        undo.callback(setattr, owner, name, before)
+
+    def loss_forward(theirs: Any) -> Any:
+        def forward(self: Any, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            ours = not monai_losses.unhonoured(self) and monai_losses.fits(self, input)
+            value: torch.Tensor = (monai_losses.compute if ours else theirs)(self, input, target)
+            return value
+
+        return forward
+
+    with undo:
+        for name in monai_losses.NAMES:
+            kind = getattr(monai_losses_peer, name)
+            swap(kind, "forward", loss_forward(kind.forward))
+        swap(_meandice.DiceHelper, "__call__", monai_metrics.dice_helper)
+        for name in _FUNCTIONS:
+            theirs = monai_metrics.THEIRS[name]
+            for module in list(sys.modules.values()):
+                if module is not monai_metrics and getattr(module, "__dict__", {}).get(name) is theirs:
+                    swap(module, name, getattr(monai_metrics, name))
+        yield
 
 
 class SurfaceMetric(CumulativeIterationMetric):  # type: ignore[misc]
@@ -86,3 +184,18 @@ def _integers(x: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
     if not x.is_floating_point():
         return x
     return x != 0 if options.get("num_classes") is None else x.long()
+
+
+def main() -> None:
+    """`python -m noisyseg_fast.compat.monai PROGRAM [ARGUMENTS]`: runs a MONAI program under patch_monai."""
+    import runpy
+
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python -m noisyseg_fast.compat.monai PROGRAM [ARGUMENTS]")
+    del sys.argv[0]
+    with patch_monai():
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

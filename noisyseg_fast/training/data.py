@@ -1,4 +1,4 @@
-"""Images and the masks that raters drew on them: the sample, folders of NIfTI or PNG, MONAI datalists.
+"""Images and the masks that raters drew on them: the sample, folders of NIfTI or PNG, MONAI datalists, arrays.
 
 A folder has the layout of nnU-Net and the Medical Segmentation Decathlon:
 
@@ -6,8 +6,10 @@ A folder has the layout of nnU-Net and the Medical Segmentation Decathlon:
     DIR/labelsTr/<case>.nii.gz                     .nii and .png work alike
     DIR/labelsTr/<case>_rater0.nii.gz, _rater1 ...    instead, when several raters drew
     DIR/imagesTs/, DIR/labelsTs/                   optional: the test set (otherwise a share of the patients)
+    DIR/imagesUn/                                  optional: images without labels
     DIR/dataset.json                               optional: {"labels": {"background": 0, "lesion": 1, ...}}
     DIR/patients.csv                               optional: case,patient (otherwise each case is a patient)
+                                                   and perhaps clean (true or false)
 
 A datalist is MONAI's JSON, with paths relative to it:
 
@@ -15,8 +17,21 @@ A datalist is MONAI's JSON, with paths relative to it:
                    "patient": "p1"}, ...],
      "validation": [...], "test": [...], "labels": {...}}
 
-where "image" may be a list of channels, "label" a list of raters, "patient" and "id" are optional, as are
-"validation" and "test" (otherwise shares of the patients); "test" entries without a label are passed over.
+where "image" may be a list of channels, "label" a list of raters (null for one who did not draw), "patient",
+"id" and "clean" are optional, as are "validation" and "test" (otherwise shares of the patients). "training"
+entries without a label are unlabelled images; "test" entries without one are passed over.
+
+An .npz holds arrays of N images of one size:
+
+    image (N, *S) numbers;  mask (N, *S) or, for several raters, (N, raters, *S) class numbers
+    rater_present (N, raters) bool       optional: false where a rater did not draw, whose mask then counts not
+    patient (N,)                         optional: otherwise each image is a patient
+    case (N,), or nodule (N,) and slice_index (N,)      optional: names
+    clean (N,), labelled (N,) bool       optional
+    spacing (N, dims) mm, or pixel_mm (N,)      optional: otherwise a pixel counts as 1
+
+Training cases marked clean are the meta set: labels that may be trusted, which some methods learn from. Without
+a mark, open_data(meta_fraction=...) takes them from so large a share of the training patients.
 
 NIfTI's voxel spacing (mm) comes from the header. PNG has none: one pixel counts as 1, unless the entry in a
 datalist has "spacing". A binary PNG mask may hold 0 and 255. Without "labels" there are two classes, 0 and 1.
@@ -41,6 +56,7 @@ from .. import noise
 from .. import sample as sample_data
 
 SUFFIXES = (".nii.gz", ".nii", ".png")
+MISSING = 255  # in a label: nobody drew here
 Array = np.ndarray[Any, Any]
 
 
@@ -129,21 +145,25 @@ class Case:
     id: str
     patient: str
     image: tuple[Path, ...] | Array  # one file for each channel; (channels, *S)
-    labels: tuple[Path, ...] | Array  # one file for each rater; (raters, *S)
+    labels: (
+        tuple[Path | None, ...] | Array
+    )  # one file for each rater; (raters, *S), MISSING or None: not drawn
     spacing: tuple[float, ...] | None = None  # overrides the files'
+    clean: bool = False  # the labels may be trusted
 
 
 class Loaded(NamedTuple):
     image: Array  # (channels, *S) float32, z-scored
     target: Array  # (*S) uint8, the raters' consensus
     spacing: tuple[float, ...]  # one for each of S
+    raters: Array  # (raters, *S) uint8, MISSING all over where one did not draw; (0, *S) where not asked for
 
 
 def consensus(labels: Array, classes: int = 2) -> Array:
     """The label most raters gave each pixel; ties go to the larger label.
 
-    labels: (raters, *S) integers in 0..classes-1; returns (*S) uint8. With two classes: foreground where at
-    least half of the raters drew it.
+    labels: (raters, *S) integers in 0..classes-1, or MISSING, which does not vote; returns (*S) uint8. With
+    two classes: foreground where at least half of the raters drew it.
     """
     best = np.zeros(labels.shape[1:], dtype=np.uint8)
     votes = (labels == 0).sum(0)
@@ -161,13 +181,15 @@ def load(case: Case, classes: int = 2) -> Loaded:
     differs from its image's, intensities that are not finite, labels out of range."""
     image, spacing, first, raw = _load_image(case)
     if isinstance(case.labels, tuple):
-        if not case.labels:
+        if not any(case.labels):
             raise DataError(f"case {case.id} has no label")
-        masks = [_load_mask(path, first, raw, classes) for path in case.labels]
-        labels = np.stack(masks)
+        missing = np.full(image.shape[1:], MISSING, dtype=np.uint8)
+        labels = np.stack(
+            [missing if path is None else _load_mask(path, first, raw, classes) for path in case.labels]
+        )
     else:
         labels = case.labels
-    return Loaded(zscore(image), consensus(labels, classes), spacing)
+    return Loaded(zscore(image), consensus(labels, classes), spacing, labels)
 
 
 def load_image(case: Case) -> tuple[Array, tuple[float, ...]]:
@@ -192,7 +214,7 @@ def _load_image(case: Case) -> tuple[Array, tuple[float, ...], Path, Raw | None]
     raws = [read(path) for path in case.image]
     first, raw = case.image[0], raws[0]
     for path, other in zip(case.image[1:], raws[1:], strict=True):
-        _check_geometry(path, other, first, raw)
+        check_geometry(path, other, first, raw)
     for path, other in zip(case.image, raws, strict=True):
         values = other.array
         if values.dtype.kind not in "buif":
@@ -214,7 +236,7 @@ def _load_image(case: Case) -> tuple[Array, tuple[float, ...], Path, Raw | None]
 def _load_mask(path: Path, image_path: Path, image: Raw | None, classes: int) -> Array:
     raw = read(path)
     if image is not None:
-        _check_geometry(path, raw, image_path, image)
+        check_geometry(path, raw, image_path, image)
     values = raw.array
     if values.dtype.kind not in "buif" or not np.array_equal(values, np.floor(values)):
         raise DataError(f"{path}: labels must be whole numbers")
@@ -234,17 +256,18 @@ def _load_mask(path: Path, image_path: Path, image: Raw | None, classes: int) ->
     return values.astype(np.uint8)
 
 
-def _check_geometry(path: Path, raw: Raw, image_path: Path, image: Raw) -> None:
+def check_geometry(path: Path, raw: Raw, image_path: Path, image: Raw, what: str = "its image") -> None:
+    """DataError where a mask's shape or affine differs from that of `what`."""
     shape = raw.array.shape
     expected = image.array.shape[-2:] if image.affine is None else image.array.shape
     if shape != expected and not (raw.affine is None and image.affine is None and shape == image.array.shape):
-        raise DataError(f"{path}: shape {shape} differs from {expected} of its image {image_path}")
+        raise DataError(f"{path}: shape {shape} differs from {expected} of {what} {image_path}")
     if raw.affine is None or image.affine is None:
         return
     if not np.allclose(raw.affine, image.affine, rtol=1e-4, atol=1e-3):
         raise DataError(
             f"{path}: affine {_rows(raw.affine)} differs from {_rows(image.affine)} "
-            f"of its image {image_path}; resample the mask onto the image"
+            f"of {what} {image_path}; resample the mask onto {'the image' if what == 'its image' else 'it'}"
         )
 
 
@@ -259,15 +282,23 @@ def _rows(affine: Array) -> str:
 class Data:
     """A data set, split by patient."""
 
-    training: list[Case]
+    training: list[Case]  # labels perhaps wrong
     validation: list[Case]
     test: list[Case]
     classes: int = 2  # background included
     unit: str = "mm"  # of the spacing; "px" where no file says
     source: str = "sample"
+    meta: list[Case] = field(default_factory=list)  # cases to train on whose labels may be trusted
+    unlabelled: list[Case] = field(default_factory=list)  # images to train on, without labels
 
     def split(self, name: str) -> list[Case]:
-        parts = {"training": self.training, "validation": self.validation, "test": self.test}
+        """A part with labels, or "all" of them."""
+        parts = {
+            "training": self.training,
+            "validation": self.validation,
+            "test": self.test,
+            "meta": self.meta,
+        }
         if name == "all":
             return [case for part in parts.values() for case in part]
         if name not in parts:
@@ -275,12 +306,23 @@ class Data:
         return parts[name]
 
 
-def open_data(source: str | Path, *, validation: float = 0.1, test: float = 0.2, seed: int = 0) -> Data:
-    """The sample ("sample"), a folder or a datalist JSON, split by patient.
+def open_data(
+    source: str | Path,
+    *,
+    validation: float = 0.1,
+    test: float = 0.2,
+    seed: int = 0,
+    meta_fraction: float = 0.0,
+) -> Data:
+    """The sample ("sample"), a folder, a datalist JSON or an .npz, split by patient.
 
-    validation, test: shares of the patients, where the data do not say themselves. Nothing but names is read.
+    validation, test: shares of the patients, where the data do not say themselves. meta_fraction: share of the
+    remaining training patients whose labels are taken for clean, where no case is marked so. Unlabelled images
+    of patients drawn for validation or test are left out. Of files, nothing but names is read.
     Raises DataError for a source that is missing, empty or malformed, ValueError for shares out of range.
     """
+    if not 0 <= meta_fraction < 1:
+        raise ValueError(f"meta_fraction must be at least 0 and below 1, got {meta_fraction}")
     for name, share in (("validation", validation), ("test", test)):
         if not 0 < share < 1:
             raise ValueError(f"{name} must be a share between 0 and 1, got {share}")
@@ -295,12 +337,12 @@ def open_data(source: str | Path, *, validation: float = 0.1, test: float = 0.2,
         if path.is_dir():
             data = _folder(path)
         elif path.is_file():
-            data = _datalist(path)
+            data = _arrays(path) if path.suffix == ".npz" else _datalist(path)
         else:
-            raise DataError(f'{path}: no such data; pass "sample", a folder or a datalist .json')
+            raise DataError(f'{path}: no such data; pass "sample", a folder, a datalist .json or an .npz')
     if not data.training:
         raise DataError(f"{source}: has no training cases")
-    return _split(data, validation, test, seed)
+    return _with_meta(_split(data, validation, test, seed), meta_fraction, seed)
 
 
 def _split(data: Data, validation: float, test: float, seed: int) -> Data:
@@ -323,8 +365,13 @@ def _split(data: Data, validation: float, test: float, seed: int) -> Data:
         training=[c for c in data.training if c.patient not in of_test | of_validation],
         validation=data.validation or [c for c in data.training if c.patient in of_validation],
         test=data.test or [c for c in data.training if c.patient in of_test],
+        unlabelled=[c for c in data.unlabelled if c.patient not in of_test | of_validation],
     )
-    parts = (("training", result.training), ("validation", result.validation), ("test", result.test))
+    parts = (
+        ("training", [*result.training, *result.unlabelled]),
+        ("validation", result.validation),
+        ("test", result.test),
+    )
     owner: dict[str, str] = {}
     for name, cases in parts:
         for case in cases:
@@ -333,6 +380,30 @@ def _split(data: Data, validation: float, test: float, seed: int) -> Data:
                     f"{data.source}: patient {case.patient} is in both {owner[case.patient]} and {name}"
                 )
     return result
+
+
+def _with_meta(data: Data, fraction: float, seed: int) -> Data:
+    """The meta set taken out of the training cases: those marked clean, or those of drawn patients."""
+    clean = {case.id for case in data.training if case.clean}
+    if fraction and clean:
+        raise DataError(
+            f"{data.source}: {len(clean)} training cases are marked clean and make the meta set; "
+            "leave meta_fraction at 0"
+        )
+    if fraction:
+        patients = sorted({case.patient for case in data.training})
+        if len(patients) < 2:
+            raise DataError(
+                f"{data.source}: {len(patients)} training patient(s) cannot spare any for a meta set"
+            )
+        order = np.random.default_rng([seed, 0x6D657461]).permutation(len(patients))  # "meta"
+        count = min(len(patients) - 1, max(1, round(fraction * len(patients))))
+        drawn = {patients[i] for i in order[:count]}
+        clean = {case.id for case in data.training if case.patient in drawn}
+    rest = [case for case in data.training if case.id not in clean]
+    if not rest:
+        raise DataError(f"{data.source}: every training case is marked clean; mark only those to be trusted")
+    return replace(data, training=rest, meta=[case for case in data.training if case.id in clean])
 
 
 def _sample() -> Data:
@@ -347,24 +418,48 @@ def _sample() -> Data:
 def _folder(root: Path) -> Data:
     if not (root / "imagesTr").is_dir():
         raise DataError(f"{root}: has no folder imagesTr (layout of nnU-Net: imagesTr, labelsTr)")
-    patients = _patients(root / "patients.csv")
+    patients, clean = _patients(root / "patients.csv")
     classes = 2
     if (root / "dataset.json").is_file():
         classes = _classes(_json(root / "dataset.json"), root / "dataset.json")
-    training = _folder_cases(root / "imagesTr", root / "labelsTr", patients)
+    training = [
+        replace(case, clean=case.id in clean)
+        for case in _folder_cases(root / "imagesTr", root / "labelsTr", patients)
+    ]
     test: list[Case] = []
     if (root / "imagesTs").is_dir() and (root / "labelsTs").is_dir():
         test = _folder_cases(root / "imagesTs", root / "labelsTs", patients)
-    return Data(training, [], test, classes, _unit(training), str(root))
+    unlabelled = _folder_images(root / "imagesUn", patients) if (root / "imagesUn").is_dir() else []
+    _check_ids([*training, *test, *unlabelled], root, "rename one")
+    return Data(training, [], test, classes, _unit(training), str(root), unlabelled=unlabelled)
+
+
+def _check_ids(cases: Iterable[Case], source: Path, advice: str) -> None:
+    seen: set[str] = set()
+    for case in cases:
+        if case.id in seen:
+            raise DataError(f"{source}: two entries have the id {case.id}; {advice}")
+        seen.add(case.id)
+
+
+def _folder_images(images: Path, patients: Mapping[str, str]) -> list[Case]:
+    """Cases without labels."""
+    channels: dict[str, list[Path]] = {}
+    for path in files(images):
+        channels.setdefault(re.sub(r"_\d{4}$", "", stem(path)), []).append(path)
+    return [
+        Case(name, patients.get(name, name), tuple(paths), ()) for name, paths in sorted(channels.items())
+    ]
 
 
 def _folder_cases(images: Path, labels: Path, patients: Mapping[str, str]) -> list[Case]:
     if not labels.is_dir():
         raise DataError(f"{labels}: no such folder")
-    masks: dict[str, list[Path]] = {}
+    masks: dict[str, dict[int, Path]] = {}  # by rater
     for path in files(labels):
-        rater = re.fullmatch(r"(.+)_rater\d+", stem(path))
-        masks.setdefault(rater[1] if rater else stem(path), []).append(path)
+        rater = re.fullmatch(r"(.+)_rater(\d+)", stem(path))
+        masks.setdefault(rater[1] if rater else stem(path), {})[int(rater[2]) if rater else 0] = path
+    raters = sorted({rater for of_case in masks.values() for rater in of_case})
     channels: dict[str, list[Path]] = {}
     for path in files(images):
         # "scan_0001" is a case of its own where a label has that name, else channel 1 of case "scan".
@@ -372,16 +467,17 @@ def _folder_cases(images: Path, labels: Path, patients: Mapping[str, str]) -> li
         name = channel[1] if channel and stem(path) not in masks else stem(path)
         if name not in masks:
             raise DataError(
-                f"{path}: has no label {name} in {labels} (as {name}.nii.gz or {name}_rater0.nii.gz, ...)"
+                f"{path}: has no label {name} in {labels} (as {name}.nii.gz or {name}_rater0.nii.gz, ...); "
+                "images without labels belong in imagesUn"
             )
         channels.setdefault(name, []).append(path)
-    for name, paths in masks.items():
+    for name, of_case in masks.items():
         if name not in channels:
-            raise DataError(f"{paths[0]}: has no image {name} in {images}")
+            raise DataError(f"{next(iter(of_case.values()))}: has no image {name} in {images}")
     if not channels:
         raise DataError(f"{images}: holds no images ({', '.join(SUFFIXES)})")
     return [
-        Case(name, patients.get(name, name), tuple(paths), tuple(masks[name]))
+        Case(name, patients.get(name, name), tuple(paths), tuple(masks[name].get(r) for r in raters))
         for name, paths in sorted(channels.items())
     ]
 
@@ -393,16 +489,26 @@ def files(folder: Path) -> list[Path]:
     )
 
 
-def _patients(path: Path) -> dict[str, str]:
+def _patients(path: Path) -> tuple[dict[str, str], set[str]]:
+    """The patient of each case, and the cases that are marked clean."""
     if not path.is_file():
-        return {}
+        return {}, set()
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if not {"case", "patient"} <= set(reader.fieldnames or ()):
             raise DataError(
                 f"{path}: needs the columns case,patient, has {','.join(reader.fieldnames or ())}"
             )
-        return {row["case"]: row["patient"] for row in reader}
+        rows = list(reader)
+    truth = {"true": True, "1": True, "false": False, "0": False, "": False}
+    clean = set()
+    for row in rows:
+        value = (row.get("clean") or "").strip().lower()
+        if value not in truth:
+            raise DataError(f'{path}: "clean" of case {row["case"]} must be true or false, got {value!r}')
+        if truth[value]:
+            clean.add(row["case"])
+    return {row["case"]: row["patient"] for row in rows}, clean
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -443,18 +549,15 @@ def _datalist(path: Path) -> Data:
         ]
         for name in ("training", "validation", "test")
     }
-    seen: set[str] = set()
-    for case in (c for part in parts.values() for c in part):
-        if case.id in seen:
-            raise DataError(f'{path}: two entries have the id {case.id}; give them an "id"')
-        seen.add(case.id)
+    _check_ids((c for part in parts.values() for c in part), path, 'give them an "id"')
     return Data(
-        parts["training"],
+        [c for c in parts["training"] if c.labels],
         parts["validation"],
         parts["test"],
         _classes(content, path),
         _unit(parts["training"]),
         str(path),
+        unlabelled=[c for c in parts["training"] if not c.labels],
     )
 
 
@@ -463,14 +566,20 @@ def _entry(path: Path, part: str, index: int, entry: Any) -> Case:
     if not isinstance(entry, dict):
         raise DataError(f"{where} must be an object with image and label")
 
-    def paths(key: str) -> tuple[Path, ...]:
+    def names(key: str, kinds: tuple[type, ...] = (str,)) -> list[Any]:
         value = entry.get(key)
-        names = [value] if isinstance(value, str) else value
-        if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        found = [value] if isinstance(value, str) else value
+        if not isinstance(found, list) or not any(found) or not all(isinstance(n, kinds) for n in found):
             raise DataError(f'{where}: "{key}" must be a file name or a list of them')
-        return tuple(path.parent / name for name in names)
+        return found
 
-    images = paths("image")
+    images = tuple(path.parent / n for n in names("image"))
+    labels: tuple[Path | None, ...] = ()
+    if "label" in entry or part != "training":
+        labels = tuple(n and path.parent / n for n in names("label", (str, type(None))))
+    clean = entry.get("clean", False)
+    if not isinstance(clean, bool):
+        raise DataError(f'{where}: "clean" must be true or false, got {clean!r}')
     name = str(entry.get("id", re.sub(r"_0000$", "", stem(images[0]))))
     spacing = entry.get("spacing")
     if spacing is not None:
@@ -480,7 +589,87 @@ def _entry(path: Path, part: str, index: int, entry: Any) -> Case:
             spacing = ()
         if not spacing or not all(0 < s < float("inf") for s in spacing):
             raise DataError(f'{where}: "spacing" must be a list of positive numbers, got {entry["spacing"]}')
-    return Case(name, str(entry.get("patient", name)), images, paths("label"), spacing)
+    return Case(name, str(entry.get("patient", name)), images, labels, spacing, clean)
+
+
+def _arrays(path: Path) -> Data:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+    except Exception as error:
+        raise DataError(f"{path}: cannot be read as .npz: {_first_line(error)}") from error
+    for name in ("image", "mask"):
+        if name not in found:
+            raise DataError(f"{path}: needs the arrays image and mask, has {', '.join(found) or 'none'}")
+    image, mask = found["image"], found["mask"]
+    count, size, dims = len(image), image.shape[1:], image.ndim - 1
+    if mask.shape == image.shape:
+        mask = mask[:, None]
+    if dims not in (2, 3) or mask.shape != (count, *mask.shape[1:2], *size):
+        raise DataError(
+            f"{path}: image must be (N, *S) with 2 or 3 axes S and mask (N, *S) or (N, raters, *S), "
+            f"got {image.shape} and {found['mask'].shape}"
+        )
+    if image.dtype.kind not in "buif" or not np.isfinite(image).all():
+        raise DataError(f"{path}: image must hold finite real numbers")
+    if mask.dtype.kind not in "bui" or (mask.size and not 0 <= mask.min() <= mask.max() < MISSING):
+        raise DataError(f"{path}: mask must hold class numbers from 0 to {MISSING - 1}")
+
+    def optional(name: str, shape: tuple[int, ...], default: Any) -> Array:
+        value: Array | None = found.get(name)
+        if value is None:
+            return np.broadcast_to(np.asarray(default), shape)
+        if value.shape != shape:
+            raise DataError(f"{path}: {name} must have the shape {shape}, got {value.shape}")
+        return value
+
+    present = optional("rater_present", mask.shape[:2], True).astype(bool)
+    clean, labelled = (
+        optional(n, (count,), d).astype(bool) for n, d in (("clean", False), ("labelled", True))
+    )
+    labels = mask.astype(np.uint8)  # a copy
+    labels[~present] = MISSING
+    nobody = labelled & ~present.any(1)
+    if nobody.any():
+        raise DataError(
+            f"{path}: no rater is present for image {np.flatnonzero(nobody)[0]}; mark it labelled=False"
+        )
+    ids = found.get("case")
+    if ids is None and "nodule" in found and "slice_index" in found:
+        ids = np.asarray([f"{n}_s{i}" for n, i in zip(found["nodule"], found["slice_index"], strict=True)])
+    if ids is None:
+        ids = found.get("nodule", np.asarray([f"{path.stem}_{i}" for i in range(count)]))
+    ids = ids.astype(str)
+    patients = found.get("patient", ids).astype(str)
+    if len(ids) != count or len(patients) != count:
+        raise DataError(f"{path}: needs one name and one patient for each of {count} images")
+    known = "spacing" in found or "pixel_mm" in found
+    millimetres = optional("pixel_mm", (count,), 1.0)[:, None]
+    spacing = optional("spacing", (count, dims), np.broadcast_to(millimetres, (count, dims)))
+    if not (np.isfinite(spacing).all() and (spacing > 0).all()):
+        raise DataError(f"{path}: spacing and pixel_mm must be positive and finite")
+    cases = [
+        Case(
+            str(ids[i]),
+            str(patients[i]),
+            image[i][None],
+            labels[i] if labelled[i] else (),
+            tuple(float(s) for s in spacing[i]),
+            bool(clean[i]),
+        )
+        for i in range(count)
+    ]
+    _check_ids(cases, path, 'name them in the array "case"')
+    seen = labels[labels != MISSING]
+    return Data(
+        [c for c in cases if len(c.labels)],
+        [],
+        [],
+        max(2, int(seen.max(initial=1)) + 1),
+        "mm" if known else "px",
+        str(path),
+        unlabelled=[c for c in cases if not len(c.labels)],
+    )
 
 
 def _unit(cases: Iterable[Case]) -> str:
@@ -497,14 +686,23 @@ class Store:
 
     classes: int = 2
     limit: int = 4 << 30
+    raters: bool = False  # keep what each rater drew, not only the consensus
     _kept: dict[str, Loaded] = field(default_factory=dict)
     _bytes: int = 0
 
     def get(self, case: Case) -> Loaded:
+        """The case; of an unlabelled one the target is MISSING all over."""
         loaded = self._kept.get(case.id)
         if loaded is None:
-            loaded = load(case, self.classes)
-            size = loaded.image.nbytes + loaded.target.nbytes
+            if len(case.labels):
+                loaded = load(case, self.classes)
+            else:
+                image, spacing = load_image(case)
+                target = np.full(image.shape[1:], MISSING, dtype=np.uint8)
+                loaded = Loaded(image, target, spacing, target[None][:0])
+            if not self.raters:
+                loaded = loaded._replace(raters=loaded.target[None][:0])
+            size = loaded.image.nbytes + loaded.target.nbytes + loaded.raters.nbytes
             if self._bytes + size <= self.limit:
                 self._kept[case.id] = loaded
                 self._bytes += size
@@ -527,8 +725,8 @@ def check(data: Data, store: Store, seen: Callable[[], None] = lambda: None) -> 
     """
     first: tuple[str, int, int] | None = None
     sizes: set[tuple[int, ...]] = set()
-    training = {case.id for case in data.training}
-    for case in data.split("all"):
+    training = {case.id for part in (data.training, data.meta, data.unlabelled) for case in part}
+    for case in [*data.split("all"), *data.unlabelled]:
         image = store.get(case).image
         if first is None:
             first = (case.id, image.shape[0], image.ndim - 1)
@@ -579,8 +777,13 @@ def _fits(size: tuple[int, ...], divisor: int) -> bool:
 class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
     """The training cases with labels corrupted once and for all, cropped, flipped and turned at random.
 
-    All randomness comes from (seed, epoch, case), so a run does not depend on the number of worker
-    processes, and a resumed one goes on as if it had never stopped.
+    All randomness comes from (seed, epoch, item), so a run does not depend on the number of worker
+    processes, and a resumed one goes on as if it had never stopped. An epoch's items are numbers: case
+    `number % len(cases)`, for the `number // len(cases)`-th time in that epoch.
+
+    cases: may be corrupted; clean: cases that are trained on likewise but never corrupted; meta, unlabelled:
+    what each item brings along, each of them equally often; raters: bring along what each rater drew (of a
+    store with raters=True); items: in an epoch, by default each case once.
     """
 
     def __init__(
@@ -592,61 +795,150 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
         noise_rate: float = 0.0,
         noise_radius: int = 6,
         seed: int = 0,
+        clean: Sequence[Case] = (),
+        meta: Sequence[Case] = (),
+        unlabelled: Sequence[Case] = (),
+        items: int | None = None,
     ) -> None:
-        self.cases, self.store, self.seed, self.epoch = cases, store, seed, 0
-        self.radii = noise.corruption_radii(len(cases), noise_rate, noise_radius, seed)
-        self.patch = patch
+        self.cases, self.store, self.seed, self.epoch = [*cases, *clean], store, seed, 0
+        self.meta, self.unlabelled = meta, unlabelled
+        radii = noise.corruption_radii(len(cases), noise_rate, noise_radius, seed)
+        self.radii = np.concatenate([radii, np.zeros(len(clean), radii.dtype)])
+        self.patch, self.items = patch, items or len(self.cases)
+        self.raters = max(len(case.labels) for case in self.cases) if store.raters else 0
         self._corrupted: dict[int, Array] = {}
         self._crop = _random_patch(patch)
+        self._places: tuple[int, dict[int, int]] = (-1, {})  # an epoch, and where in it each item stands
 
     def __len__(self) -> int:
         return len(self.cases)
 
+    def labels(self, index: int) -> Array:
+        """(1 + raters, *S) uint8: the consensus and each rater's, dilated where the case was drawn for
+        corruption."""
+        labels = self._corrupted.get(index)
+        if labels is None:
+            loaded, radius = self.store.get(self.cases[index]), float(self.radii[index])
+            labels = loaded.target[None]
+            if self.raters:
+                absent = np.full((self.raters, *loaded.target.shape), MISSING, dtype=np.uint8)
+                labels = np.concatenate([labels, loaded.raters, absent])[: 1 + self.raters]
+            if radius:
+                labels = np.stack([a if _missing(a) else noise.dilate_labels(a, radius) for a in labels])
+                self._corrupted[index] = labels
+        return labels
+
     def label(self, index: int) -> Array:
         """(*S) uint8: the consensus, dilated where the case was drawn for corruption."""
-        if not self.radii[index]:
-            return self.store.get(self.cases[index]).target
-        label = self._corrupted.get(index)
-        if label is None:
-            target = self.store.get(self.cases[index]).target
-            label = self._corrupted[index] = noise.dilate_labels(target, float(self.radii[index]))
+        label: Array = self.labels(index)[0]
         return label
 
     def order(self, epoch: int) -> list[int]:
-        """The case indices in the order of an epoch."""
-        return [int(i) for i in np.random.default_rng([self.seed, 1, epoch]).permutation(len(self))]
+        """The item numbers in the order of an epoch."""
+        numbers: list[int] = []
+        while len(numbers) < self.items:
+            lap = len(numbers) // len(self)
+            key = [self.seed, 1, epoch, lap] if lap else [self.seed, 1, epoch]
+            numbers += (lap * len(self) + np.random.default_rng(key).permutation(len(self))).tolist()
+        return numbers[: self.items]
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image, label = self.store.get(self.cases[index]).image, self.label(index)[None]
-        generator = np.random.default_rng([self.seed, 2, self.epoch, index])
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        index = number % len(self)
+        loaded, labels = self.store.get(self.cases[index]), self.labels(index)
+        generator = np.random.default_rng([self.seed, 2, self.epoch, number])
+        image, moved = self._view(loaded.image, labels, generator)
+        item: dict[str, Any] = {"image": torch.from_numpy(image), "label": torch.from_numpy(moved[0])}
+        item["index"] = index
+        if self.raters:
+            item["raters"] = torch.from_numpy(moved[1:])
+        if self.meta:
+            item["meta"] = self.meta_item(number)
+        if self.unlabelled:
+            _, case, generator = self._companion(self.unlabelled, 4, number)
+            image = self.store.get(case).image
+            image = _crop_anywhere(image, self.patch, generator)
+            item["unlabelled"] = torch.from_numpy(_turn(image, image[:1], generator)[0])
+        return item
+
+    def probe(self, index: int) -> dict[str, Any]:
+        """The same part of a case at every call, unturned: its image, label and "clean", the label before the
+        corruption."""
+        loaded = self.store.get(self.cases[index])
+        labels = np.stack([self.label(index), loaded.target])
+        image = loaded.image
         if image.shape[1:] != self.patch:
-            image, label = _crop(self._crop, image, label, int(generator.integers(2**31)))
-        image, label = _turn(image, label, generator)
-        return {"image": torch.from_numpy(image), "label": torch.from_numpy(label)[0], "index": index}
+            image, labels = _crop(self._crop, image, labels, self.seed)
+        parts = (torch.from_numpy(np.ascontiguousarray(a)) for a in (image, *labels))
+        return {**dict(zip(("image", "label", "clean"), parts, strict=True)), "index": index}
+
+    def meta_item(self, number: int) -> dict[str, Any]:
+        """The clean case that an item brings along: image, label and index, its place in the meta set."""
+        index, case, generator = self._companion(self.meta, 3, number)
+        loaded = self.store.get(case)
+        image, labels = self._view(loaded.image, loaded.target[None], generator)
+        return {"image": torch.from_numpy(image), "label": torch.from_numpy(labels[0]), "index": index}
+
+    def _companion(
+        self, cases: Sequence[Case], stream: int, number: int
+    ) -> tuple[int, Case, np.random.Generator]:
+        """The case that an item brings along: those of an epoch run through `cases` lap by lap."""
+        if self._places[0] != self.epoch:
+            self._places = self.epoch, {n: place for place, n in enumerate(self.order(self.epoch))}
+        lap, place = divmod(self._places[1].get(number, number), len(cases))
+        index = int(
+            np.random.default_rng([self.seed, stream, self.epoch, lap]).permutation(len(cases))[place]
+        )
+        return index, cases[index], np.random.default_rng([self.seed, stream, self.epoch, number, 1])
+
+    def _view(self, image: Array, labels: Array, generator: np.random.Generator) -> tuple[Array, Array]:
+        """A patch of an image and its labels (k, *S), cropped around what the first of them shows."""
+        if image.shape[1:] != self.patch:
+            image, labels = _crop(self._crop, image, labels, int(generator.integers(2**31)))
+        return _turn(image, labels, generator)
+
+
+def _missing(label: Array) -> bool:
+    return bool(label.flat[0] == MISSING and (label == MISSING).all())
 
 
 def _random_patch(patch: tuple[int, ...]) -> Any:
     """MONAI's crop around a foreground or a background pixel (even odds), padded where too small."""
     from monai import transforms
 
-    keys = ("image", "label")
+    keys = ("image", "label", "others")
     return transforms.Compose(
         [
-            transforms.SpatialPadd(keys, patch),
-            transforms.RandCropByPosNegLabeld(keys, "label", patch, pos=1, neg=1, num_samples=1),
+            transforms.SpatialPadd(keys, patch, allow_missing_keys=True),
+            transforms.RandCropByPosNegLabeld(
+                keys, "label", patch, pos=1, neg=1, num_samples=1, allow_missing_keys=True
+            ),
         ]
     )
 
 
-def _crop(transform: Any, image: Array, label: Array, seed: int) -> tuple[Array, Array]:
+def _crop(transform: Any, image: Array, labels: Array, seed: int) -> tuple[Array, Array]:
     transform.set_random_state(seed)
-    (patch,) = transform({"image": image, "label": label})
-    return np.asarray(patch["image"]), np.asarray(patch["label"])
+    whole = {"image": image, "label": labels[:1]}
+    if len(labels) > 1:
+        whole["others"] = labels[1:]
+    (patch,) = transform(whole)
+    cropped = np.concatenate([np.asarray(patch[key]) for key in ("label", "others") if key in patch])
+    for before, after in zip(labels, cropped, strict=True):
+        if _missing(before):
+            after[:] = MISSING  # where the image was padded, too
+    return np.asarray(patch["image"]), cropped.astype(np.uint8)
+
+
+def _crop_anywhere(image: Array, patch: tuple[int, ...], generator: np.random.Generator) -> Array:
+    """A patch of an image without label, padded with 0 where too small."""
+    lacking = [max(0, p - n) for n, p in zip(image.shape[1:], patch, strict=True)]
+    image = np.pad(image, [(0, 0), *((n // 2, n - n // 2) for n in lacking)])
+    starts = [int(generator.integers(n - p + 1)) for n, p in zip(image.shape[1:], patch, strict=True)]
+    return image[(slice(None), *(slice(s, s + p) for s, p in zip(starts, patch, strict=True)))]
 
 
 def _turn(image: Array, label: Array, generator: np.random.Generator) -> tuple[Array, Array]:
     """Random flips of every axis, and quarter turns of the first two where they are equally long.
-
 
     Not MONAI's, whose dictionary transforms take 3 ms for what takes NumPy 30 us on a 64x64 patch: more than
     the training step of a small network.

@@ -3,11 +3,11 @@
 A run's folder holds
 
     config.json       the settings and the model's, resolved
-    split.json        the cases of each part
+    split.json        the cases of each part, the meta set and the unlabelled ones among them
     metrics.csv       one row for each epoch
     tensorboard/      the same
     last.pt best.pt   the state after the last epoch, and the weights with the best validation Dice
-    test.csv summary.json report.html      written at the end, of best.pt
+    test.csv summary.json report.html      written at the end, of best.pt (or last.pt)
 
 Checkpoint formats and the loop know nothing of any method.
 """
@@ -33,12 +33,14 @@ from . import evaluate, methods, networks
 from .data import Array, Case, Data, Store, TrainingSet, check, open_data, patch_size
 from .evaluate import Summary
 from .files import write_csv, write_json, written
+from .label_errors import Found, find
 from .model import FORMAT, ModelSpec, load_model, pick_device, read_checkpoint, spec_dict, spec_of
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+TRAIN_ON = ("training", "meta", "both")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 COLUMNS = ("epoch", "train_loss", "val_dice", "val_iou", "val_hd95", "val_empty", "lr", "seconds")
 
@@ -47,18 +49,25 @@ COLUMNS = ("epoch", "train_loss", "val_dice", "val_iou", "val_hd95", "val_empty"
 class Config:
     """The settings of a run. ValueError names the one that is wrong."""
 
-    data: str = "sample"  # or a folder or a datalist; see data.py
+    data: str = "sample"  # or a folder, a datalist or an .npz; see data.py
     method: str = "ce"
     options: Mapping[str, Any] = field(default_factory=dict)  # the method's, in place of its defaults
     network: str = "unet"
     width: int = 16
+    foreground: float | None = None  # share with which an untrained network begins; None: as MONAI makes it
     epochs: int = 100
+    epoch_batches: int | None = None  # steps of an epoch; None: one pass over the training cases
     batch_size: int = 16
     lr: float = 1e-3  # of Adam, falling as (1 - epoch/epochs)^0.9 (nnU-Net's schedule)
     noise_rate: float = 0.0  # share of training labels that are dilated
     noise_radius: int = 6  # by 0 to so many pixels (MCPM sec. 4.1)
     validation: float = 0.1  # shares of the patients, where the data do not say
     test: float = 0.2
+    meta_fraction: float = (
+        0.0  # of the training patients, whose labels are clean; 0: those marked in the data
+    )
+    test_on: str = "best"  # the weights of the epoch with the best validation Dice, or "last"
+    train_on: str = "training"  # the perhaps noisy cases, or "meta": the clean ones, or "both"
     patch: tuple[int, ...] | None = None
     seed: int = 0
     device: str = "auto"
@@ -73,6 +82,16 @@ class Config:
         for name in ("seed", "workers", "noise_radius"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.epoch_batches is not None and self.epoch_batches < 1:
+            raise ValueError(f"epoch_batches must be at least 1, got {self.epoch_batches}")
+        if not 0 <= self.meta_fraction < 1:
+            raise ValueError(f"meta_fraction must be at least 0 and below 1, got {self.meta_fraction}")
+        if self.test_on not in ("best", "last"):
+            raise ValueError(f"unknown test_on {self.test_on!r}; choose from best, last")
+        if self.foreground is not None and not 0 < self.foreground < 1:
+            raise ValueError(f"foreground must be between 0 and 1, got {self.foreground}")
+        if self.train_on not in TRAIN_ON:
+            raise ValueError(f"unknown train_on {self.train_on!r}; choose from {', '.join(TRAIN_ON)}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {self.lr}")
         if not 0 <= self.noise_rate <= 1:
@@ -91,11 +110,15 @@ def read_config(out: Path) -> Config:
         raise FileNotFoundError(f"{path}: no such file; {out} holds no run to resume")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))["config"]
-        if values["patch"] is not None:
-            values["patch"] = tuple(values["patch"])
-        return dataclasses.replace(Config(**values), out=str(out))
+        return dataclasses.replace(config_of(values), out=str(out))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: is no configuration of this version ({error})") from error
+
+
+def config_of(values: Mapping[str, Any]) -> Config:
+    """The settings as config.json and checkpoints keep them."""
+    patch = values["patch"]
+    return Config(**{**values, "patch": patch if patch is None else tuple(patch)})
 
 
 @dataclass(frozen=True)
@@ -109,6 +132,8 @@ class Result:
     test: Summary
     unit: str  # of HD95
     pictures: list[dict[str, Any]]  # evaluate.pictures
+    found: Found | None = None  # how well the method's weights tell the corrupted labels
+    weights: list[dict[str, Any]] = field(default_factory=list)  # label_errors.find
 
     def run(self, name: str) -> dict[str, Any]:
         """As report.write_report takes it."""
@@ -123,13 +148,14 @@ def train(
     console: Console | None = None,
     picture_ids: Sequence[str] | None = None,
     report: bool = True,
+    data: Data | None = None,
 ) -> Result:
     """Train, keep the weights with the best validation Dice, and test those.
 
     resume: go on from config.out/last.pt; the parameters come out as if the run had never stopped (bit for
     bit on one CPU with the same threads). console: where progress bars go, None for none. picture_ids: the
     cases whose pictures are kept; by default some test cases and two with corrupted labels. report: write
-    report.html.
+    report.html. data: what to train on, split already, in place of what config.data names.
 
     Raises ValueError (DataError) for bad settings or data before anything is written, FileExistsError when
     config.out holds a run already, FloatingPointError when the loss is not finite.
@@ -140,8 +166,10 @@ def train(
         raise FileExistsError(
             f"{out} is not empty; choose another folder (--out) or resume the run in it (--resume)"
         )
-    data = open_data(config.data, validation=config.validation, test=config.test, seed=config.seed)
-    store = Store(data.classes)
+    data = data or open_run(config)
+    check_needs(config, data)
+    needs = methods.get(config.method).needs
+    store = Store(data.classes, raters="raters" in needs)
     with progress(console) as bars:
         task = bars.add_task("reading", total=len(data.split("all")), note="")
         shape = check(data, store, lambda: bars.advance(task))
@@ -158,12 +186,16 @@ def train(
             dict(config.options),
         )
         training = TrainingSet(
-            data.training,
+            data.training if config.train_on != "meta" else (),
             store,
             patch,
             noise_rate=config.noise_rate,
             noise_radius=config.noise_radius,
             seed=config.seed,
+            clean=data.meta if config.train_on != "training" else (),
+            meta=data.meta if "meta" in needs else (),
+            unlabelled=data.unlabelled if "unlabelled" in needs else (),
+            items=config.epoch_batches and config.epoch_batches * config.batch_size,
         )
         loop = _Loop(config, spec, data, store, training)
         if resume:
@@ -181,9 +213,55 @@ def train(
             title=f"{config.method} on {config.data}, noise rate {config.noise_rate:g}",
             runs=[result.run(name)],
             overlays=overlays,
-            notes=[f"Test: {result.test.sentence(result.unit)}.", f"Best epoch: {result.best_epoch}."],
+            weights={name: result.weights} if result.found else {},
+            notes=[
+                f"Test: {result.test.sentence(result.unit)}.",
+                f"Best epoch: {result.best_epoch}.",
+                *([found_sentence(result.found)] if result.found else []),
+            ],
         )
     return result
+
+
+def found_sentence(found: Found) -> str:
+    return (
+        f"Weights as detectors of the corrupted labels ({found.share:.1%} of the pixels of {found.cases} training "
+        f"cases): AUROC {found.auroc:.3f}, average precision {found.average_precision:.3f}; mean weight "
+        f"{found.weight_wrong:.3f} where the label is wrong, {found.weight_right:.3f} where it is right."
+    )
+
+
+def open_run(config: Config, source: str | None = None) -> Data:
+    """The data of a run, or other data split alike."""
+    return open_data(
+        source or config.data,
+        validation=config.validation,
+        test=config.test,
+        seed=config.seed,
+        meta_fraction=config.meta_fraction,
+    )
+
+
+def check_needs(config: Config, data: Data) -> None:
+    """ValueError when the data lack what the method, or train_on, cannot do without."""
+    needs = methods.get(config.method).needs
+    who = f"method {config.method}" if "meta" in needs else f"train_on {config.train_on!r}"
+    if ("meta" in needs or config.train_on != "training") and not data.meta:
+        raise ValueError(
+            f"{who} needs cases with clean labels, {config.data} marks none; set meta_fraction "
+            "(--meta-fraction 0.1) to take that share of the training patients for clean, or mark cases: "
+            '"clean": true in a datalist, a column clean in patients.csv'
+        )
+    if "raters" in needs and max(len(case.labels) for case in data.training) < 2:
+        raise ValueError(
+            f"method {config.method} needs several raters, {config.data} has one; give each rater's mask, "
+            "as labelsTr/CASE_rater0.nii.gz, _rater1, ..."
+        )
+    if "unlabelled" in needs and not data.unlabelled:
+        raise ValueError(
+            f"method {config.method} needs images without labels, {config.data} has none; put them into the "
+            'folder imagesUn, or into the datalist\'s "training" without "label"'
+        )
 
 
 def merge_pictures(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -218,8 +296,10 @@ class _Loop:
         self.fabric = Fabric(accelerator=self.device.type, devices=devices, precision=precision)
         seed_everything(config.seed, verbose=False)
         self.method = spec.build()
+        if config.foreground is not None:
+            networks.start_at(self.method.network, config.foreground)
         optimizer = torch.optim.Adam(self.method.trained(), lr=config.lr)
-        self.batches = -(-len(training) // config.batch_size)  # of an epoch
+        self.batches = -(-training.items // config.batch_size)  # of an epoch
         self.method.plan = methods.Plan(optimizer, config.epochs * self.batches, self.batches)
         self.own_lr = {  # of the method's own optimisers, before any decay
             name: [group["lr"] for group in own.param_groups] for name, own in self.method.optimizers.items()
@@ -235,7 +315,9 @@ class _Loop:
     # -- files --
 
     def split(self) -> dict[str, list[str]]:
-        return {name: [c.id for c in self.data.split(name)] for name in ("training", "validation", "test")}
+        names = ("training", "validation", "test", "meta")
+        ids = {name: [c.id for c in self.data.split(name)] for name in names}
+        return {**ids, "unlabelled": [c.id for c in self.data.unlabelled]}
 
     def describe(self) -> None:
         """config.json and split.json, before the first epoch."""
@@ -389,7 +471,7 @@ class _Loop:
     # -- the end --
 
     def finish(self, bars: Progress, picture_ids: Sequence[str] | None) -> Result:
-        method, _ = load_model(read_checkpoint(self.out / "best.pt"), self.device)
+        method, _ = load_model(read_checkpoint(self.out / f"{self.config.test_on}.pt"), self.device)
         data, patch = self.data, self.spec.patch
         task = bars.add_task("testing", total=len(data.test), note="")
         scores = evaluate.evaluate(
@@ -403,9 +485,19 @@ class _Loop:
         )
         summary = evaluate.summarize(scores)
         evaluate.write_scores(self.out / "test.csv", scores)
-        content = {"best_epoch": self.best_epoch, "unit": data.unit, "test": summary._asdict()}
+        # The weights as they were last, with the state that made them, whichever epoch is tested.
+        self.method.eval()
+        corrupted = [self.training.cases[i].id for i in np.flatnonzero(self.training.radii >= 3)]
+        looked = find(self.method, self.training, self.device, self.config.batch_size, corrupted[:4])
+        found, maps = looked or (None, [])
+        content = {
+            "best_epoch": self.best_epoch,
+            "unit": data.unit,
+            "test": summary._asdict(),
+            "weights": found and found._asdict(),
+        }
         write_json(self.out / "summary.json", content)
-        index = {case.id: i for i, case in enumerate(data.training)}
+        index = {case.id: i for i, case in enumerate(self.training.cases)}
 
         def noisy(case: Case) -> Array | None:
             i = index.get(case.id)
@@ -413,10 +505,12 @@ class _Loop:
 
         ids = picture_ids
         if ids is None:
-            corrupted = [data.training[i].id for i in np.flatnonzero(self.training.radii)]
+            corrupted = [self.training.cases[i].id for i in np.flatnonzero(self.training.radii)]
             ids = [*spread(data.test, 4), *corrupted[:2]]
         shown = evaluate.pictures(method, data, self.store, patch, self.device, ids, noisy)
-        return Result(self.config, self.out, self.history, self.best_epoch, summary, data.unit, shown)
+        return Result(
+            self.config, self.out, self.history, self.best_epoch, summary, data.unit, shown, found, maps
+        )
 
 
 def spread(cases: Sequence[Case], count: int) -> list[str]:

@@ -10,10 +10,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-class Batch(TypedDict):
+class _Batch(TypedDict):
     image: Tensor  # (B, channels, *S) float32, z-scored
     label: Tensor  # (B, *S) uint8 class index, perhaps corrupted
     index: Tensor  # (B,) int64, the case's place in the training set
+
+
+class Batch(_Batch, total=False):
+    """What a step gets; the parts below for methods that ask for them by `needs`."""
+
+    meta: _Batch  # as many cases whose labels may be trusted; index: their places in the meta set
+    raters: Tensor  # (B, M, *S) uint8, what each rater drew; 255 all over where one did not
+    unlabelled: Tensor  # (B, channels, *S) float32, images without labels
 
 
 Losses = dict[str, Tensor]  # scalars; "loss" is minimised, the others are only logged
@@ -36,6 +44,7 @@ class Method(nn.Module):
 
     name: ClassVar[str]
     Config: ClassVar[type]
+    needs: ClassVar[frozenset[str]] = frozenset()  # parts of Batch beyond the first three
     plan: Plan  # set by the engine before the first step
 
     def __init__(self, config: Any, make_network: MakeNetwork, channels: int) -> None:
@@ -44,7 +53,9 @@ class Method(nn.Module):
         self.config = config
         self.activation = "sigmoid" if channels == 1 else "softmax"
         self.network = make_network()
-        self.optimizers: dict[str, Optimizer] = {}  # of what the method itself steps; lr falls as the engine's
+        self.optimizers: dict[
+            str, Optimizer
+        ] = {}  # of what the method itself steps; lr falls as the engine's
 
     def trained(self) -> Iterator[nn.Parameter]:
         """The parameters that the engine's optimiser trains: those that want gradients and are in none of
@@ -63,6 +74,11 @@ class Method(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Called after the optimiser's step, as for the moving average of a teacher."""
+
+    def pixel_weights(self, batch: Batch) -> Tensor | None:
+        """For the report: the weights (B, *S) that training would now give the labels of this batch, between
+        0 and 1 for the most trusted one; None if the method weighs nothing."""
+        return None
 
     def forward(self, image: Tensor) -> Tensor:
         """The logits (B, channels, *S) that are validated, tested and used for prediction."""
