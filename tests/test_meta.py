@@ -134,7 +134,7 @@ def test_the_step_is_the_optimizers():
 
 
 def test_zero_weights_shortcut():
-    net, (x, y, R, *clean) = make_net(), make_data()
+    net, (x, y, _, *clean) = make_net(), make_data()
     want = unroll_reference(net, x, y, None, *clean, 0.1)
     for keep in (False, True):
         got = pixel_meta_gradient(net, x, y, None, *clean, 0.1, keep_graph=keep)
@@ -143,7 +143,7 @@ def test_zero_weights_shortcut():
 
 @pytest.mark.parametrize("attached", [False, True])
 def test_weights_from_a_function(attached):
-    net, (x, y, R, *clean) = make_net("group"), make_data()
+    net, (x, y, _, *clean) = make_net("group"), make_data()
     theta = torch.tensor([0.3, -0.5], dtype=torch.float64, requires_grad=True)
 
     def weigh(L):
