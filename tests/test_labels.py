@@ -441,7 +441,7 @@ def test_same_bits_with_1_and_2_threads():
     digests = {
         subprocess.run(
             [sys.executable, "-c", code, str(n)], capture_output=True, text=True, check=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_WAIT_POLICY": "passive"},
         ).stdout
         for n in (1, 2)
     }  # fmt: skip
