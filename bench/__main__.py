@@ -15,13 +15,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from noisyseg_fast.timing import measure
 
-from . import distance, losses, metrics, noise, report, task_losses
+from . import distance, labels, losses, meta, metrics, noise, report, task_losses, weight_nets
 
 FAMILIES = {
     "losses": losses,
     "task_losses": task_losses,
     "distance": distance,
     "metrics": metrics,
+    "labels": labels,
+    "weight_nets": weight_nets,
+    "meta": meta,
     "noise": noise,
 }
 

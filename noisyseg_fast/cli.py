@@ -279,6 +279,82 @@ def predict(
 
 
 @app.command()
+def reproduce(
+    study: Annotated[str, typer.Argument(help="Which: mcpm.")],
+    data: Annotated[str, Option(help=SOURCE, metavar=METAVAR)] = "sample",
+    seeds: Annotated[int, Option(help="How many, from 0.")] = 3,
+    budget: Annotated[int, Option(help="Iterations of every run.")] = 500,
+    arm: Annotated[list[str] | None, Option(help="Only this arm; repeatable. [default: the paper's]")] = None,
+    folder: Annotated[Path | None, Option("--out", help="[default: runs/STUDY]")] = None,
+    quick: Annotated[bool, Option("--quick", help="Tiny runs, to try the machinery.")] = False,
+) -> None:
+    """Repeat a paper's comparison, with the same budget for all arms. Interrupted, it goes on when called again.
+
+    Example: `noisyseg reproduce mcpm --data lidc2d_64.npz --seeds 3 --out runs/mcpm`
+    """
+    from .training import reproduce as studies
+
+    folder = folder or Path("runs") / study
+    try:
+        studies.reproduce(
+            study,
+            folder,
+            data=data,
+            seeds=seeds,
+            budget=min(budget, 4) if quick else budget,
+            arms=arm or (),
+            quick=quick,
+            console=out,
+        )
+    except KeyboardInterrupt:
+        print("noisyseg: interrupted; the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    _say("results", folder / "results.md")
+
+
+@app.command()
+def fuse(
+    masks: Annotated[
+        list[Path], typer.Argument(help="One file for each rater (.nii.gz, .nii, .png), of one image.")
+    ],
+    out_file: Annotated[
+        Path, Option("--out", "-o", help="The fused mask, in the first file's geometry; mean: fractions.")
+    ],
+    method: Annotated[str, Option(help="staple, majority, simple or mean.")] = "staple",
+    tie: Annotated[
+        str | None, Option(help="majority, simple: the label of ties, or lowest or highest. [default: 0]")
+    ] = None,
+    posterior: Annotated[
+        Path | None, Option(help="staple: a NIfTI file for the probability (of each label).")
+    ] = None,
+    classes: Annotated[
+        int | None, Option(help="Labels, 0 included. [default: masks; whatever is not 0 is object]")
+    ] = None,
+) -> None:
+    """Fuse the masks of several raters into one; say how good each rater is and how far they agree.
+
+    Example: `noisyseg fuse --method staple rater1.nii.gz rater2.nii.gz rater3.nii.gz -o fused.nii.gz`
+    """
+    from .training import fusion
+
+    result = fusion.fuse(masks, out_file, method=method, tie=tie, posterior=posterior, classes=classes)
+    table = Table(title=f"Raters against {result.against}")
+    for name in ("rater", "sensitivity", "specificity", "Dice"):
+        table.add_column(name, justify="left" if name == "rater" else "right", overflow="fold")
+    for path, scores in zip(masks, result.scores, strict=True):
+        table.add_row(str(path), *(f"{x:.4f}" for x in scores))
+    out.print(table)
+    out.print(
+        f"agreement: mean pairwise Dice {result.dice:.4f}, Fleiss' kappa {result.kappa:.4f}, "
+        f"Krippendorff's alpha {result.alpha:.4f}",
+        highlight=False,
+    )
+    _say("fused mask", out_file)
+    if posterior is not None:
+        _say("posterior", posterior)
+
+
+@app.command()
 def corrupt(
     masks: Annotated[Path, typer.Argument(help="Folder of masks (.nii.gz, .nii, .png).")],
     folder: Annotated[Path, Option("--out", help="A new or empty folder for the noisy masks.")],

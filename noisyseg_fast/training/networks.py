@@ -5,9 +5,11 @@ The settings are MONAI's defaults; `width` is the number of channels on the fine
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 Builder = Callable[[int, int, int, int], nn.Module]
@@ -65,3 +67,18 @@ def build(name: str, spatial_dims: int, in_channels: int, out_channels: int, wid
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
     return get(name).build(spatial_dims, in_channels, out_channels, width)
+
+
+def start_at(network: nn.Module, foreground: float) -> None:
+    """Set the bias of the last convolution so that an untrained network begins near so much foreground, shared
+    alike by the foreground classes (Lin et al., Focal Loss, ICCV 2017, sec. 3.3); else it begins near a half."""
+    convolutions = [m for m in network.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    bias = convolutions[-1].bias if convolutions else None
+    if bias is None:
+        raise ValueError("the network ends in no convolution with a bias, so foreground cannot be set")
+    with torch.no_grad():
+        if len(bias) == 1:
+            bias.fill_(math.log(foreground / (1 - foreground)))
+        else:
+            bias.fill_(math.log(foreground / (len(bias) - 1)))
+            bias[0] = math.log(1 - foreground)
