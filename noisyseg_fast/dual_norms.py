@@ -9,8 +9,8 @@ Which computations are fused: the plain forward pass; the forward and backward p
 for it: x and four numbers a channel); forward mode by `torch.autograd.forward_ad` while no gradient is recorded, in
 one kernel; `torch.func.jvp`, in two. All others are right too, by torch's own operations (`reference.norm_act`):
 second derivatives (`create_graph=True`), batched gradients, forward over reverse, `torch.func.grad`, `vjp` and
-`vmap`, `torch.compile`, scripting and tracing, running statistics of instance norm in training, and devices and dtypes that
-the kernels do not know. Under autocast the result has x's dtype, where torch's group norm on CUDA gives float32.
+`vmap`, `torch.compile`, scripting and tracing, running statistics of instance norm in training, tensor subclasses,
+and devices and dtypes that the kernels do not know. Under autocast the result has x's dtype, where torch's group norm on CUDA gives float32.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ class _Options:
 
     def backward(self, tensors: Any, stats: Tensor, grad_y: Tensor, needed: Any) -> tuple[Tensor | None, ...]:
         x, layout = _dense(tensors[0].detach())
-        parameters = [None if t is None else t.detach() for t in tensors[1:]]
+        parameters: list[Any] = [None if t is None else t.detach() for t in tensors[1:]]
         grad_y = grad_y.detach().to(x.dtype).resolve_neg().contiguous(memory_format=layout)
         space = _arrays.of(x=x)
         view = _view(space)
