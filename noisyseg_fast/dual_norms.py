@@ -10,7 +10,8 @@ for it: x and four numbers a channel); forward mode by `torch.autograd.forward_a
 one kernel; `torch.func.jvp`, in two. All others are right too, by torch's own operations (`reference.norm_act`):
 second derivatives (`create_graph=True`), batched gradients, forward over reverse, `torch.func.grad`, `vjp` and
 `vmap`, `torch.compile`, scripting and tracing, running statistics of instance norm in training, tensor subclasses,
-and devices and dtypes that the kernels do not know. Under autocast the result has x's dtype, where torch's group norm on CUDA gives float32.
+and devices and dtypes that the kernels do not know. Under autocast the result has x's dtype, where torch's group norm
+on CUDA gives float32.
 """
 
 from __future__ import annotations
