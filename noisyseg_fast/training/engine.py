@@ -403,6 +403,7 @@ class _Loop:
                 group["lr"] = first * decay
         self.module.train()
         total: dict[str, torch.Tensor] = {}
+        count: dict[str, int] = {}  # a method need not report every loss in every step
         for batch in self._batches(epoch):
             losses = self.module.training_step(batch, self.step)
             self.optimizer.zero_grad()
@@ -411,9 +412,10 @@ class _Loop:
             self.method.after_step(self.step)
             for name, value in losses.items():
                 total[name] = total.get(name, 0) + value.detach()
+                count[name] = count.get(name, 0) + 1
             self.step += 1
             bars.advance(task)
-        means = {name: float(value) / self.batches for name, value in total.items()}
+        means = {name: float(value) / count[name] for name, value in total.items()}
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(
                 f"the training loss of epoch {epoch} is {means['loss']}; try a smaller lr"
