@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import ema, ramps
+from ..data import MISSING
 from .base import Batch, Losses, MakeNetwork, Method, register
 from .plain import segmentation_loss
 from .several import hard, labelled
@@ -39,7 +40,7 @@ class SelfLearning(Method):
             return {"loss": segmentation_loss(self.config.loss, self.network(image), label)}
         if "unlabelled" in batch:
             image = torch.cat([image, batch["unlabelled"]])
-            label = torch.cat([label, torch.full_like(label, 255)[: len(batch["unlabelled"])]])
+            label = torch.cat([label, torch.full_like(label, MISSING)[: len(batch["unlabelled"])]])
         with torch.no_grad():
             self.labeller.eval()
             pseudo = hard(self.labeller(image))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ema
+from ..pixels import class_probabilities
 from .base import Batch, Losses, MakeNetwork, Method
 from .plain import segmentation_loss
 
@@ -34,6 +36,13 @@ class TeacherMethod(Method):
         """The teacher's logits of the image with noise."""
         logits: Tensor = self.teacher(self.noisy(image))
         return logits
+
+    @torch.no_grad()
+    def uncertainty(self, image: Tensor, passes: int) -> Tensor:
+        """Entropy (B, *S) of the mean of several noisy passes of the teacher, divided by its largest value ln C
+        (UA-MT's code and SSL4MIS keep ln 2 for any C). Dropout is on where the network has any."""
+        mean = torch.stack([class_probabilities(self.teach(image)) for _ in range(passes)]).mean(0)
+        return torch.special.entr(mean).sum(1) / math.log(mean.shape[1])
 
     def study(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of the labelled images, and the images that the teacher is asked about, with the student's

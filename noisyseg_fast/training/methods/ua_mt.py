@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .. import ramps
-from ..pixels import class_probabilities
 from . import mean_teacher
 from .base import register
 
@@ -28,12 +25,4 @@ class UAMT(mean_teacher.MeanTeacher):
 
     def target(self, image: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         threshold = self.config.start + (1 - self.config.start) * ramps.gaussian(step, self.plan.steps)
-        return self.teach(image), self.uncertainty(image) < threshold
-
-    @torch.no_grad()
-    def uncertainty(self, image: Tensor) -> Tensor:
-        """Entropy (B, *S) of the mean prediction, divided by its largest value ln C (UA-MT's code and
-        SSL4MIS keep ln 2 for any C). Dropout is on where the network has any."""
-        passes = (class_probabilities(self.teach(image)) for _ in range(self.config.passes))
-        mean = torch.stack(list(passes)).mean(0)
-        return torch.special.entr(mean).sum(1) / math.log(mean.shape[1])
+        return self.teach(image), self.uncertainty(image, self.config.passes) < threshold
