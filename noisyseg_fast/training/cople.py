@@ -25,7 +25,8 @@ def by_slices(network: Callable[[Tensor], Tensor], volume: Tensor, axis: int = -
     """A 2D network on volumes (B, C, *S): their slices across that axis as one batch, stacked again after."""
     slices = volume.movedim(axis, 1)
     batch, depth = slices.shape[:2]
-    return network(slices.flatten(0, 1)).unflatten(0, (batch, depth)).movedim(1, axis)
+    stacked: Tensor = network(slices.flatten(0, 1)).unflatten(0, (batch, depth))
+    return stacked.movedim(1, axis)
 
 
 class COPLENet(nn.Module):

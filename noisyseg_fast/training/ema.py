@@ -30,9 +30,10 @@ def update(teacher: nn.Module, student: nn.Module, decay: float | Tensor) -> Non
     decay: a number, or a scalar tensor on their device, which no one waits for; a teacher with decay 1 stays
     bit for bit what it was.
     """
-    teachers, students = list(teacher.parameters()), list(student.parameters())
+    teachers: list[Tensor] = list(teacher.parameters())
+    students: list[Tensor] = list(student.parameters())
     if isinstance(decay, Tensor):
-        difference = torch._foreach_sub(students, teachers)
+        difference = list(torch._foreach_sub(students, teachers))
         torch._foreach_mul_(difference, 1 - decay)
         torch._foreach_add_(teachers, difference)
     else:

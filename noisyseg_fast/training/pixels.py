@@ -63,7 +63,7 @@ def label_errors(probabilities: Tensor, label: Tensor, prune: str = "both") -> T
     numbers n_ij of pixels labelled i that are of class j.  prune="noise_rate": for each i and j the n_ij pixels
     labelled i with the largest p_j - p_i; "class": for each i the sum_j n_ij pixels labelled i with the smallest
     p_i; "both": those in both. Never a pixel whose label is its most probable class. Of pixels that tie, the
-    first ones are taken.
+    first ones are taken. Equal to cleanlab for two classes; for more, n_ij may differ by 1, as it rounds twice.
     """
     if prune not in ("both", "class", "noise_rate"):
         raise ValueError(f"prune must be both, class or noise_rate, got {prune!r}")

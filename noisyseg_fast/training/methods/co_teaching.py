@@ -52,7 +52,7 @@ class CoTeaching(Method):
     def kept(self, step: int) -> float:
         """R(T) = 1 - tau min(T^c / T_k, 1) of epoch T."""
         epoch = step // self.plan.steps_per_epoch
-        return 1 - self.config.forget * ramps.linear(epoch**self.config.exponent, self.config.epochs)
+        return 1 - float(self.config.forget) * ramps.linear(epoch**self.config.exponent, self.config.epochs)
 
 
 def small(loss: Tensor, counts: Tensor, share: float) -> Tensor:

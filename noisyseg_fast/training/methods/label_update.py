@@ -49,4 +49,4 @@ class LabelUpdate(Method):
         return {"loss": segmentation_loss(self.config.loss, self.network(image), label)}
 
     def mature(self, step: int) -> bool:
-        return step >= self.config.share * self.plan.steps
+        return bool(step >= self.config.share * self.plan.steps)

@@ -52,13 +52,10 @@ class SelfLearning(Method):
 
     def round(self, step: int) -> int:
         """0: the given labels alone; 1 to rounds."""
-        begin = self.config.start * self.plan.steps
+        begin, rounds = self.config.start * self.plan.steps, int(self.config.rounds)
         if step < begin:
             return 0
-        return 1 + min(
-            int(self.config.rounds * ramps.linear(step - begin, self.plan.steps - begin)),
-            self.config.rounds - 1,
-        )
+        return 1 + min(int(rounds * ramps.linear(step - begin, self.plan.steps - begin)), rounds - 1)
 
     def after_step(self, step: int) -> None:
         if self.round(step + 1) != self.round(step):

@@ -29,7 +29,8 @@ class TeacherMethod(Method):
     def noisy(self, image: Tensor) -> Tensor:
         """With Gaussian noise, clipped."""
         noise = (torch.randn_like(image) * self.config.noise).clamp(-self.config.clip, self.config.clip)
-        return image + noise
+        result: Tensor = image + noise
+        return result
 
     @torch.no_grad()
     def teach(self, image: Tensor) -> Tensor:
