@@ -15,9 +15,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from noisyseg_fast.timing import measure
 
-from . import distance, losses, metrics, report, task_losses
+from . import distance, losses, metrics, report, task_losses, weight_nets
 
-FAMILIES = {"losses": losses, "task_losses": task_losses, "distance": distance, "metrics": metrics}
+FAMILIES = {
+    "losses": losses,
+    "task_losses": task_losses,
+    "distance": distance,
+    "metrics": metrics,
+    "weight_nets": weight_nets,
+}
 
 
 def main() -> None:

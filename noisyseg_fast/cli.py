@@ -297,6 +297,90 @@ def predict(
 
 
 @app.command()
+def fuse(
+    masks: Annotated[
+        list[Path], typer.Argument(help="One file for each rater (.nii.gz, .nii, .png), of one image.")
+    ],
+    out_file: Annotated[
+        Path, Option("--out", "-o", help="The fused mask, in the first file's geometry; mean: fractions.")
+    ],
+    method: Annotated[str, Option(help="staple, majority, simple or mean.")] = "staple",
+    tie: Annotated[
+        str | None, Option(help="majority, simple: the label of ties, or lowest or highest. [default: 0]")
+    ] = None,
+    posterior: Annotated[
+        Path | None, Option(help="staple: a NIfTI file for the probability (of each label).")
+    ] = None,
+    classes: Annotated[
+        int | None, Option(help="Labels, 0 included. [default: masks; whatever is not 0 is object]")
+    ] = None,
+) -> None:
+    """Fuse the masks of several raters into one; say how good each rater is and how far they agree.
+
+    Example: `noisyseg fuse --method staple rater1.nii.gz rater2.nii.gz rater3.nii.gz -o fused.nii.gz`
+    """
+    from .training import fusion
+
+    result = fusion.fuse(masks, out_file, method=method, tie=tie, posterior=posterior, classes=classes)
+    table = Table(title=f"Raters against {result.against}")
+    for name in ("rater", "sensitivity", "specificity", "Dice"):
+        table.add_column(name, justify="left" if name == "rater" else "right", overflow="fold")
+    for path, scores in zip(masks, result.scores, strict=True):
+        table.add_row(str(path), *(f"{x:.4f}" for x in scores))
+    out.print(table)
+    out.print(
+        f"agreement: mean pairwise Dice {result.dice:.4f}, Fleiss' kappa {result.kappa:.4f}, "
+        f"Krippendorff's alpha {result.alpha:.4f}",
+        highlight=False,
+    )
+    _say("fused mask", out_file)
+    if posterior is not None:
+        _say("posterior", posterior)
+
+
+@app.command()
+def corrupt(
+    masks: Annotated[Path, typer.Argument(help="Folder of masks (.nii.gz, .nii, .png).")],
+    folder: Annotated[Path, Option("--out", help="A new or empty folder for the noisy masks.")],
+    noises: Annotated[
+        list[str],
+        Option(
+            "--noise",
+            help="dilate, erode, erode_or_dilate, elastic_deform, shift, flip_square, polygonize, erase_component "
+            "or distort_boundary; several make a mixture, each as likely or as NAME=PROBABILITY says.",
+        ),
+    ],
+    set_: Annotated[
+        list[str] | None,
+        Option("--set", help="A parameter, as radius=3; in a mixture as dilate.radius=3; repeatable."),
+    ] = None,
+    target_dice: Annotated[
+        float | None, Option(help="Find the strength that gives this mean Dice, as 0.8.")
+    ] = None,
+    seed: Annotated[int, Option(help="A file's noise depends on this and on the file's name.")] = 0,
+    mm: Annotated[bool, Option("--mm", help="Radii in mm, by the spacing in the files.")] = False,
+) -> None:
+    """Make masks worse on purpose: noisy masks, noise.json (parameters, seed, Dice) and a contact sheet to look at.
+
+    Example: `noisyseg corrupt labels/ --out noisy/ --noise dilate --set radius=3`
+
+    Example: `noisyseg corrupt labels/ --out noisy/ --noise erode_or_dilate=0.7 --noise distort_boundary=0.25
+    --set erode_or_dilate.radius=6,12` (PyMIC's for JSRT, which leaves 5 % clean)
+
+    Example: `noisyseg corrupt labels/ --out noisy/ --noise polygonize --target-dice 0.8`
+    """
+    from .training import corrupt as corruption
+    from .training.engine import progress
+
+    plan = corruption.plan(masks, folder, noises, _options(set_ or []), target_dice, seed, mm)
+    with progress(out) as bars:
+        task = bars.add_task("corrupting", total=len(plan.files), note="")
+        mean = corruption.write(plan, lambda: bars.advance(task))
+    out.print(f"mean Dice of the noisy masks: {mean:.4f}", highlight=False)
+    _say("contact sheet", folder / corruption.SHEET)
+
+
+@app.command()
 def methods() -> None:
     """List the training methods and their options.
 

@@ -738,3 +738,245 @@ def _per_mask(
     masks = pred.reshape(-1, *pred.shape[len(lead) :]), target.reshape(-1, *pred.shape[len(lead) :])
     rows = torch.tensor([one(p, t) for p, t in zip(*masks, strict=True)], dtype=torch.float64)
     return tuple(column.reshape(lead) for column in rows.T)
+
+
+# ---- label fusion ---------------------------------------------------------------------------------
+# annotations (M, *S), one image: labels 0 to classes - 1, anything else is no vote.
+
+
+def _one_hot_votes(annotations: Tensor, classes: int) -> Tensor:
+    """(M, pixels, classes) float64; all 0 for no vote."""
+    flat = annotations.reshape(annotations.shape[0], -1, 1).long()
+    return (flat == torch.arange(classes)).double()
+
+
+def majority_vote(annotations: Tensor, *, tie: int | str = 0, classes: int = 2) -> Tensor:
+    """The label with most votes; tie is a label, or "lowest" or "highest" of the tied ones."""
+    votes = _one_hot_votes(annotations, classes).sum(0)
+    most = votes.amax(1, keepdim=True)
+    best = (votes == most) & (most > 0)
+    if tie == "lowest":
+        label = best.long().argmax(1)
+    elif tie == "highest":
+        label = torch.where(most[:, 0] > 0, classes - 1 - best.flip(1).long().argmax(1), 0)
+    else:
+        label = torch.where(best.sum(1) == 1, best.long().argmax(1), int(tie))
+    return label.reshape(annotations.shape[1:])
+
+
+def staple(
+    annotations: Tensor,
+    *,
+    classes: int = 2,
+    max_iter: int = 10_000,
+    tol: float = 1e-7,
+    prior: Sequence[float] | None = None,
+) -> tuple[Tensor, Tensor, int, bool]:
+    """posterior (classes, *S), performance (M, classes, classes) at [m, truth, vote], iterations, converged.
+
+    Warfield, Zou, Wells, IEEE TMI 23(7):903, 2004, with SimpleITK's start, prior and stopping rule.
+    """
+    d = _one_hot_votes(annotations, classes)
+    votes = d.sum((0, 1))
+    f = torch.tensor([1.0] + [0.0] * (classes - 1), dtype=torch.float64)
+    if prior is not None:
+        f = torch.tensor(prior, dtype=torch.float64)
+    elif votes.sum() > 0:
+        f = votes / votes.sum()
+    cast = d.sum((0, 2))[:, None]
+    w = torch.where(cast > 0, d.sum(0) / cast.clamp(min=1), f)  # (pixels, classes)
+    before, iterations, converged = None, 0, False
+    while iterations < max_iter and not converged:
+        counts = torch.einsum("pt,mpr->mtr", w, d)
+        total = counts.sum(2, keepdim=True)
+        theta = torch.where(total > 0, counts / total, torch.eye(classes, dtype=torch.float64))
+        given_t = torch.einsum("mpr,mtr->mpt", d, theta)
+        given_t = torch.where(d.sum(2, keepdim=True) > 0, given_t, 1.0)
+        joint = f * given_t.prod(0)
+        evidence = joint.sum(1, keepdim=True)
+        w = torch.where(evidence > 0, joint / evidence, f)
+        converged = before is not None and bool((theta - before).abs().amax() <= tol)
+        before, iterations = theta, iterations + 1
+    return w.T.reshape(classes, *annotations.shape[1:]), theta, iterations, converged
+
+
+def rater_scores(annotations: Tensor, fusion: Tensor, *, classes: int = 2) -> tuple[Tensor, ...]:
+    """sensitivity, specificity and Dice (M, classes), as overlap_metrics over the pixels where both have a label."""
+    known = (fusion >= 0) & (fusion < classes)
+    rows = []
+    for mask in annotations:
+        both = known & (mask >= 0) & (mask < classes)
+        if not both.any():
+            rows.append(torch.full((3, classes), math.nan, dtype=torch.float64))
+            continue
+        of_label = [overlap_metrics(mask[both] == c, fusion[both] == c) for c in range(classes)]
+        rows.append(torch.stack([torch.stack([x[i] for x in of_label]) for i in (2, 3, 0)]))
+    return tuple(torch.stack(rows, 1))
+
+
+def simple(
+    annotations: Tensor, *, alpha: float = 1.0, max_iter: int = 25, tie: int = 0, classes: int = 2
+) -> tuple[Tensor, list[bool]]:
+    """The fused labels and which raters were kept; Langerak et al., IEEE TMI 29(12):2000, 2010."""
+    d = _one_hot_votes(annotations, classes)
+
+    def vote(weights: list[float]) -> Tensor:
+        score = torch.einsum("mpc,m->pc", d, torch.tensor(weights, dtype=torch.float64))
+        most = score.amax(1, keepdim=True)
+        best = score >= most * (1 - 1e-12)
+        single = (best.sum(1) == 1) & (most[:, 0] > 0)
+        return torch.where(single, best.long().argmax(1), tie).reshape(annotations.shape[1:])
+
+    kept = [bool(x.any()) for x in d]
+    labels = vote([float(k) for k in kept])
+    for _ in range(max_iter):
+        dice = rater_scores(annotations, labels, classes=classes)[2][:, 1:].mean(1)
+        among = dice[torch.tensor(kept)]
+        limit = float(among.mean() - alpha * among.std(correction=0)) - 1e-12
+        still = [k and float(x) >= limit for k, x in zip(kept, dice, strict=True)]
+        weights = [float(x) if k else 0.0 for k, x in zip(still, dice, strict=True)]
+        new = vote(weights if any(weights) else [float(k) for k in still])
+        done = still == kept and torch.equal(new, labels)
+        kept, labels = still, new
+        if done:
+            break
+    return labels, kept
+
+
+def agreement(annotations: Tensor, *, classes: int = 2) -> tuple[Tensor, float, float]:
+    """Dice (M, M, classes), Fleiss' kappa, Krippendorff's alpha for nominal data, from the textbooks' tables."""
+    d = _one_hot_votes(annotations, classes)
+    voted = d.sum(2)
+    raters = len(d)
+    dice = torch.full((raters, raters, classes), math.nan, dtype=torch.float64)
+    for i, j in itertools.product(range(raters), repeat=2):
+        common = (voted[i] * voted[j])[:, None]
+        if common.any():
+            a, b = d[i] * common, d[j] * common
+            size = (a + b).sum(0)
+            dice[i, j] = torch.where(size > 0, 2 * (a * b).sum(0) / size, 1.0)
+    table = d.sum(0)  # pixels x labels: how many raters chose the label
+    table = table[table.sum(1) >= 2]
+    if (table.sum(0) > 0).sum() < 2:
+        return dice, 1.0, 1.0
+    n = table.sum(1)
+    share = table.sum(0) / table.sum()
+    observed = ((table * (table - 1)).sum(1) / (n * (n - 1))).mean()
+    expected = (share**2).sum()
+    coincidence = torch.zeros(classes, classes, dtype=torch.float64)
+    for row, m in zip(table, n, strict=True):
+        coincidence += (row[:, None] * row - torch.diag(row)) / (m - 1)
+    total = coincidence.sum(0)
+    apart = coincidence.sum() - coincidence.diagonal().sum()
+    by_chance = (total.sum() ** 2 - (total**2).sum()) / (total.sum() - 1)
+    return dice, float((observed - expected) / (1 - expected)), float(1 - apart / by_chance)
+
+
+# ---- normalisation --------------------------------------------------------------------------------
+
+
+def norm_act(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "batch",
+    groups: int = 1,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    slope: Any = 1.0,
+) -> Tensor:
+    """`noisyseg_fast.norm_act` in torch's own operations."""
+    if norm == "batch":
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    elif norm == "instance":
+        y = F.instance_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    else:
+        y = F.group_norm(
+            x.contiguous(), groups, weight, bias, eps
+        )  # forward AD of others fails in torch 2.13
+    if isinstance(slope, Tensor):
+        return F.prelu(y, slope)
+    if slope == 1:
+        return y
+    return F.relu(y) if slope == 0 else F.leaky_relu(y, slope)
+
+
+def norm_act_jvp(
+    x: Tensor,
+    x_dot: Tensor | None = None,
+    weight: Tensor | None = None,
+    weight_dot: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_dot: Tensor | None = None,
+    *,
+    norm: str = "batch",
+    groups: int = 1,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    eps: float = 1e-5,
+    slope: Any = 1.0,
+    slope_dot: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """norm_act and its derivative along the given directions, by the formula that the kernels use.
+
+    With d = x - mean, r = 1 / sqrt(var + eps): the derivative of d r is (x_dot - mean(x_dot)) r - d r^3 mean(d x_dot).
+    """
+    channels = [1, -1] + [1] * (x.ndim - 2)
+
+    def shaped(v: Tensor | None, otherwise: float) -> Any:
+        return otherwise if v is None else v.to(x.dtype).reshape(channels)
+
+    def mean_of(v: Tensor) -> Tensor:
+        if norm == "batch":
+            return v.mean([0, *range(2, x.ndim)], keepdim=True).expand_as(v)
+        parts = v.reshape(v.shape[0], v.shape[1] if norm == "instance" else groups, -1)
+        return parts.mean(2, keepdim=True).expand_as(parts).reshape(v.shape)
+
+    x_dot = torch.zeros_like(x) if x_dot is None else x_dot
+    if norm != "group" and not training and running_mean is not None:
+        d = x - shaped(running_mean, 0)
+        r = (shaped(running_var, 1) + eps).rsqrt()
+        normed_dot = x_dot * r
+    else:
+        d = x - mean_of(x)
+        r = (mean_of(d * d) + eps).rsqrt()
+        normed_dot = (x_dot - mean_of(x_dot)) * r - d * r**3 * mean_of(d * x_dot)
+    gamma, s = shaped(weight, 1), slope if not isinstance(slope, Tensor) else slope.reshape(channels)
+    before = d * r * gamma + shaped(bias, 0)
+    before_dot = normed_dot * gamma + d * r * shaped(weight_dot, 0) + shaped(bias_dot, 0)
+    negative_dot = s * before_dot + before * shaped(slope_dot, 0)
+    return torch.where(before > 0, before, s * before), torch.where(before > 0, before_dot, negative_dot)
+
+
+# ---- weight nets ----------------------------------------------------------------------------------
+
+
+def ce_dual(z: Tensor, zdot: Tensor, y: Tensor, activation: str | None = None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each pixel and its derivative along zdot, as weight_nets.ce_dual."""
+    g = _per_class(z, y[:, 0] if y.ndim == z.ndim and y.shape[1] == 1 < z.shape[1] else y)
+    if (activation or ("softmax" if z.shape[1] > 1 else "sigmoid")) == "softmax":
+        mean = (z.softmax(1) * zdot).sum(1, keepdim=True)
+        return -(g * z.log_softmax(1)).sum(1), (g * (mean - zdot)).sum(1)
+    return (F.softplus(z) - g * z).mean(1), ((z.sigmoid() - g) * zdot).mean(1)
+
+
+def mask_net(loss: Tensor, theta: Sequence[Tensor]) -> Tensor:
+    """MCPM's weights of a loss map (B, H, W) or (B, D, H, W), as weight_nets.mask_net."""
+    w3, b3, w5, b5, w1, b1 = theta
+    conv: Any = F.conv2d if w3.ndim == 3 else F.conv3d
+    x = loss.unsqueeze(1)
+    h3, h5 = conv(x, w3.unsqueeze(1), b3, padding=1), conv(x, w5.unsqueeze(1), b5, padding=2)
+    hidden = torch.cat([h3.relu(), h5.relu(), x], 1)
+    logits: Tensor = conv(hidden, w1.reshape(1, -1, *[1] * (w3.ndim - 1)), b1)
+    return logits[:, 0].sigmoid()
+
+
+def mw_net(loss: Tensor, theta: Sequence[Tensor]) -> Tensor:
+    """Meta-Weight-Net on each number, as weight_nets.mw_net."""
+    w1, b1, w2, b2 = theta
+    return ((loss.unsqueeze(-1) * w1 + b1).relu() @ w2 + b2[0]).sigmoid()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import noisyseg_fast
@@ -105,6 +106,36 @@ def test_code_for_newer_processors_stays_to_itself() -> None:
                 _, kind, name = line.split()[-3:]
                 assert kind not in "Ww", f"{file.name} for {isa} has the weak function {name}"
                 assert kind != "T" or name.startswith(f"_ZN8noisyseg{len(isa)}{isa}"), f"{file.name}: {name}"
+
+
+@on_linux
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+def test_another_cpp_project_finds_the_library(tmp_path: Path) -> None:
+    """examples/cpp is built against an installed library, run, and agrees with Python."""
+    library = ROOT / "build" / "isa"  # built already for the test above
+    generator = ["-G", "Ninja"] if shutil.which("ninja") and not (library / "Makefile").exists() else []
+    done = configure(library, *generator, NOISYSEG_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    output("cmake", "--build", library, "--parallel", "2")
+    output("cmake", "--install", library, "--prefix", tmp_path / "installed")
+    example = tmp_path / "example"
+    output(
+        "cmake", "-S", ROOT / "examples/cpp", "-B", example, f"-DCMAKE_PREFIX_PATH={tmp_path / 'installed'}"
+    )
+    output("cmake", "--build", example)
+    masks = np.random.default_rng(0).random((2, 7, 9, 11)) < 0.2
+    files = [tmp_path / "pred.raw", tmp_path / "target.raw"]
+    for mask, file in zip(masks, files, strict=True):
+        file.write_bytes(mask.tobytes())
+    said = output(example / "volume", "7", "9", "11", *files)
+    scores = noisyseg_fast.surface_metrics(*masks)
+    names = ("HD", "HD95", "ASSD", "NSD")
+    values = (scores.hd, scores.hd_percentile, scores.assd, scores.nsd)
+    assert said.split() == [w for n, v in zip(names, values, strict=True) for w in (n, f"{v:.6f}")]
+    written = np.fromfile(tmp_path / "target.raw.sdf", np.float32).reshape(7, 9, 11)
+    np.testing.assert_array_equal(written, noisyseg_fast.signed_distance_map(masks[1]))
+    short = subprocess.run([example / "volume", "8", "9", "11", *files], capture_output=True, text=True)
+    assert short.returncode == 1 and "holds fewer than 792 bytes" in short.stderr
 
 
 # ---- Python without torch -------------------------------------------------------------------------

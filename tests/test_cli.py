@@ -18,7 +18,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from noisyseg_fast import cli  # noqa: E402
 
-COMMANDS = ("demo", "train", "evaluate", "predict", "methods", "info")
+COMMANDS = ("demo", "train", "evaluate", "predict", "fuse", "corrupt", "methods", "info")
 
 
 @pytest.fixture(autouse=True, scope="module")

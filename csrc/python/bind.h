@@ -50,4 +50,8 @@ void bind_losses(py::module_& m);
 void bind_task_losses(py::module_& m);
 void bind_distance(py::module_& m);
 void bind_surface(py::module_& m);
+void bind_labels(py::module_& m);
+void bind_norms(py::module_& m);
+void bind_meta(py::module_& m);
+void bind_noise(py::module_& m);
 }  // namespace noisyseg

@@ -54,4 +54,8 @@ PYBIND11_MODULE(_core, m) {
   noisyseg::bind_task_losses(m);
   noisyseg::bind_distance(m);
   noisyseg::bind_surface(m);
+  noisyseg::bind_labels(m);
+  noisyseg::bind_norms(m);
+  noisyseg::bind_meta(m);
+  noisyseg::bind_noise(m);
 }

@@ -184,3 +184,18 @@ def _integers(x: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
     if not x.is_floating_point():
         return x
     return x != 0 if options.get("num_classes") is None else x.long()
+
+
+def main() -> None:
+    """`python -m noisyseg_fast.compat.monai PROGRAM [ARGUMENTS]`: runs a MONAI program under patch_monai."""
+    import runpy
+
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python -m noisyseg_fast.compat.monai PROGRAM [ARGUMENTS]")
+    del sys.argv[0]
+    with patch_monai():
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

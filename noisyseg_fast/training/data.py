@@ -214,7 +214,7 @@ def _load_image(case: Case) -> tuple[Array, tuple[float, ...], Path, Raw | None]
     raws = [read(path) for path in case.image]
     first, raw = case.image[0], raws[0]
     for path, other in zip(case.image[1:], raws[1:], strict=True):
-        _check_geometry(path, other, first, raw)
+        check_geometry(path, other, first, raw)
     for path, other in zip(case.image, raws, strict=True):
         values = other.array
         if values.dtype.kind not in "buif":
@@ -236,7 +236,7 @@ def _load_image(case: Case) -> tuple[Array, tuple[float, ...], Path, Raw | None]
 def _load_mask(path: Path, image_path: Path, image: Raw | None, classes: int) -> Array:
     raw = read(path)
     if image is not None:
-        _check_geometry(path, raw, image_path, image)
+        check_geometry(path, raw, image_path, image)
     values = raw.array
     if values.dtype.kind not in "buif" or not np.array_equal(values, np.floor(values)):
         raise DataError(f"{path}: labels must be whole numbers")
@@ -256,17 +256,18 @@ def _load_mask(path: Path, image_path: Path, image: Raw | None, classes: int) ->
     return values.astype(np.uint8)
 
 
-def _check_geometry(path: Path, raw: Raw, image_path: Path, image: Raw) -> None:
+def check_geometry(path: Path, raw: Raw, image_path: Path, image: Raw, what: str = "its image") -> None:
+    """DataError where a mask's shape or affine differs from that of `what`."""
     shape = raw.array.shape
     expected = image.array.shape[-2:] if image.affine is None else image.array.shape
     if shape != expected and not (raw.affine is None and image.affine is None and shape == image.array.shape):
-        raise DataError(f"{path}: shape {shape} differs from {expected} of its image {image_path}")
+        raise DataError(f"{path}: shape {shape} differs from {expected} of {what} {image_path}")
     if raw.affine is None or image.affine is None:
         return
     if not np.allclose(raw.affine, image.affine, rtol=1e-4, atol=1e-3):
         raise DataError(
             f"{path}: affine {_rows(raw.affine)} differs from {_rows(image.affine)} "
-            f"of its image {image_path}; resample the mask onto the image"
+            f"of {what} {image_path}; resample the mask onto {'the image' if what == 'its image' else 'it'}"
         )
 
 

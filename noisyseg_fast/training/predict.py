@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,25 +90,28 @@ def predict(
         mask = infer(method, torch.from_numpy(image)[None].to(device), spec.patch)[0].cpu().numpy()
         assert isinstance(job.case.image, tuple)
         if job.target.suffix == ".png":
-            _write_png(job.target, mask * np.uint8(255) if spec.classes == 2 else mask)
+            write_png(job.target, mask * np.uint8(255) if spec.classes == 2 else mask)
         else:
-            _write_nifti(job.target, mask, job.case.image[0])
+            write_nifti(job.target, mask, job.case.image[0])
         seen()
 
 
-def _write_png(path: Path, mask: Array) -> None:
+def write_png(path: Path, mask: Array) -> None:
+    """A grey PNG, whole or not at all."""
     from PIL import Image
 
     with written(path) as temporary:
         Image.fromarray(mask).save(temporary)
 
 
-def _write_nifti(path: Path, mask: Array, like: Path) -> None:
+def write_nifti(path: Path, mask: Array, like: Path) -> None:
+    """A mask or map (*S), or (*S, C) of several, in its own dtype and the geometry of the file `like`; whole or not
+    at all."""
     import nibabel
 
     source: Any = nibabel.load(like)
-    image = nibabel.Nifti1Image(mask.reshape(source.shape), source.affine)
-    image.set_data_dtype(np.uint8)
+    channels = mask.shape[len(mask.shape) - (mask.size != math.prod(source.shape)) :]
+    image = nibabel.Nifti1Image(mask.reshape(*source.shape, *channels), source.affine, dtype=mask.dtype)
     # Where the codes say what the affine means (scanner, aligned, ...), keep them; other formats have none.
     if isinstance(source, nibabel.Nifti1Image):
         image.header.set_xyzt_units(*source.header.get_xyzt_units())
