@@ -43,7 +43,8 @@ class TeacherMethod(Method):
         """Entropy (B, *S) of the mean of several noisy passes of the teacher, divided by its largest value ln C
         (UA-MT's code and SSL4MIS keep ln 2 for any C). Dropout is on where the network has any."""
         mean = torch.stack([class_probabilities(self.teach(image)) for _ in range(passes)]).mean(0)
-        return torch.special.entr(mean).sum(1) / math.log(mean.shape[1])
+        entropy: Tensor = torch.special.entr(mean).sum(1)
+        return entropy / math.log(mean.shape[1])
 
     def study(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of the labelled images, and the images that the teacher is asked about, with the student's
