@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -657,7 +656,7 @@ def test_fuse_png_and_soft_masks(tmp_path):
 def test_fuse_errors_are_one_line_and_write_nothing(files, tmp_path):
     from folders import oblique_affine, save_nifti
 
-    (a, b, c), masks = files
+    (a, b, _c), masks = files
     small, moved, soft, many = (tmp_path / f"{n}.nii.gz" for n in ("small", "moved", "soft", "many"))
     save_nifti(small, masks[0][:, :-1])
     save_nifti(moved, masks[0], oblique_affine((0.7, 0.7, 3.0)))
