@@ -20,7 +20,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,16 +166,6 @@ def train(
         shape = check(data, store, lambda: bars.advance(task))
         bars.remove_task(task)
         patch = patch_size(shape, networks.get(config.network).divisor, config.patch)
-        spec = ModelSpec(
-            config.method,
-            config.network,
-            config.width,
-            shape.spatial_dims,
-            shape.channels,
-            data.classes,
-            patch,
-            dict(config.options),
-        )
         training = TrainingSet(
             data.training if config.train_on != "meta" else (),
             store,
@@ -186,7 +176,19 @@ def train(
             clean=data.meta if config.train_on != "training" else (),
             meta=data.meta if "meta" in needs else (),
             unlabelled=data.unlabelled if "unlabelled" in needs else (),
+            fuse=_fusion(config, data.classes) if "raters" in needs else None,
             items=config.epoch_batches and config.epoch_batches * config.batch_size,
+        )
+        spec = ModelSpec(
+            config.method,
+            config.network,
+            config.width,
+            shape.spatial_dims,
+            shape.channels,
+            data.classes,
+            patch,
+            dict(config.options),
+            max(1, training.raters),
         )
         loop = _Loop(config, spec, data, store, training)
         if resume:
@@ -207,6 +209,12 @@ def train(
             notes=[f"Test: {result.test.sentence(result.unit)}.", f"Best epoch: {result.best_epoch}."],
         )
     return result
+
+
+def _fusion(config: Config, classes: int) -> Callable[[Array], Array | None]:
+    """The method's own way to one label of the raters' masks of a case."""
+    method, settings = methods.get(config.method), methods.configure(config.method, config.options)
+    return lambda raters: method.fuse(settings, raters, classes)
 
 
 def open_run(config: Config, source: str | None = None) -> Data:
@@ -306,13 +314,13 @@ class _Loop:
         write_json(self.out / "config.json", content)
         write_json(self.out / "split.json", self.split())
 
-    def save(self, name: str, **more: Any) -> None:
+    def save(self, name: str, weights: Mapping[str, torch.Tensor], **more: Any) -> None:
         content = {
             "format": FORMAT,
             "version": __version__,
             "model": spec_dict(self.spec),
             "config": dataclasses.asdict(self.config),
-            "method": self.method.state_dict(),
+            "method": weights,
             "epoch": self.epoch,
             **more,
         }
@@ -322,6 +330,7 @@ class _Loop:
     def save_last(self) -> None:
         self.save(
             "last.pt",
+            self.method.state_dict(),
             optimizer=self.optimizer.state_dict(),
             optimizers={name: own.state_dict() for name, own in self.method.optimizers.items()},
             step=self.step,
@@ -410,7 +419,7 @@ class _Loop:
         self.epoch += 1
         if val.dice > self.best or self.best_epoch < 0:
             self.best, self.best_epoch = val.dice if math.isfinite(val.dice) else -1.0, epoch
-            self.save("best.pt")
+            self.save("best.pt", self.method.exported())
         # The history travels in last.pt, so metrics.csv can always be made whole after a crash.
         self.save_last()
         write_csv(self.out / "metrics.csv", COLUMNS, self.history)

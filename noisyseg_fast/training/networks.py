@@ -65,3 +65,18 @@ def build(name: str, spatial_dims: int, in_channels: int, out_channels: int, wid
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
     return get(name).build(spatial_dims, in_channels, out_channels, width)
+
+
+def head(network: nn.Module) -> nn.Module:
+    """The block of a network of `build` that makes the logits of the features of all the others."""
+    for name in ("final_conv", "conv_final", "output_block", "out_tr", "out_conv"):
+        if hasattr(network, name):
+            found: nn.Module = getattr(network, name)
+            return found
+    inner = getattr(network, "network", None)  # a network within another
+    if isinstance(inner, nn.Module):
+        return head(inner)
+    blocks = getattr(network, "model", None)  # MONAI's UNet and AttentionUnet
+    if not isinstance(blocks, nn.Sequential):
+        raise ValueError(f"network {type(network).__name__} has no head that is known")
+    return blocks[-1]
