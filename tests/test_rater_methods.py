@@ -1,6 +1,5 @@
 """Methods that learn from several raters: UMA-Net, label fusion, label sampling, a decoder for each rater."""
 
-import json
 import math
 import re
 from dataclasses import replace
@@ -19,7 +18,7 @@ from noisyseg_fast.training import data as D  # noqa: E402
 from noisyseg_fast.training import engine, methods, model, networks  # noqa: E402
 from noisyseg_fast.training.branches import BranchedUNet  # noqa: E402
 from noisyseg_fast.training.engine import Config, train  # noqa: E402
-from noisyseg_fast.training.methods import _raters, umanet  # noqa: E402
+from noisyseg_fast.training.methods import _raters  # noqa: E402
 from noisyseg_fast.training.model import ModelSpec  # noqa: E402
 
 NAMES = ("umanet", "majority_vote", "staple", "label_sampling", "multi_head")
@@ -39,7 +38,9 @@ def one_thread():
 
 def build(name="umanet", raters=3, dims=2, classes=2, steps=10, network="unet", training=True, **options):
     torch.manual_seed(0)
-    spec = ModelSpec(name, network, 4 if network != "segresnet" else 8, dims, 1, classes, (32,) * dims, options, raters)
+    spec = ModelSpec(
+        name, network, 4 if network != "segresnet" else 8, dims, 1, classes, (32,) * dims, options, raters
+    )
     method = spec.build(training)
     method.plan = methods.Plan(torch.optim.Adam(method.trained(), lr=1e-2), steps, steps)
     return method
@@ -158,7 +159,7 @@ def test_loss_is_the_definition_for_any_number_of_raters(raters):
     batch = scene(raters=raters)
     losses = method.training_step(batch, 3)
     sigma = method.doubt(batch["image"], batch["raters"])[:, 0]
-    assert sigma.shape == batch["raters"].shape and 0 < sigma.min() and sigma.max() < 1
+    assert sigma.shape == batch["raters"].shape and sigma.min() > 0 and sigma.max() < 1
     alpha = math.exp(-5 * (1 - 3 / 4) ** 2)
     wanted = reference.uncertainty_weighted_loss(
         method(batch["image"]), batch["raters"], sigma, consistency_weight=alpha
@@ -187,9 +188,9 @@ def test_the_uncertainty_estimator_learns_where_a_rater_is_wrong():
         step_grads(method, batch, step)
         optimizer.step()
     sigma = method.maps(batch).uncertainty[:, 0].flatten(2).mean((0, 2))
-    assert sigma[2] > 0.5 and sigma[:2].max() < 0.3
+    assert sigma[2] > 0.5 and sigma[:2].max() < 0.2
     calibration = method.maps(batch).calibration[:, 0]  # the wrong masks, turned round where they are doubted
-    assert ((calibration[:, 2] > 0.5) == batch["label"]).float().mean() > 0.9
+    assert ((calibration[:, 2] > 0.5) == batch["label"]).float().mean() > 0.8
 
 
 def test_consistency_grows_and_brings_calibration_maps_together():
@@ -201,7 +202,7 @@ def test_consistency_grows_and_brings_calibration_maps_together():
     ends = []
     for consistency in (0.0, 20.0):
         method = build(assess=False, consistency=consistency, steps=1)
-        for _ in range(30):
+        for _ in range(12):
             last = step_grads(method, batch, 1)
             method.plan.optimizer.step()
         ends.append(float(last["consistency"]))
@@ -282,25 +283,29 @@ def test_branched_unet_with_one_branch_is_the_unet():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dims, raters, classes", [(2, 4, 2), (2, 2, 3), (3, 3, 2)])
+@pytest.mark.parametrize("dims, raters, classes", [(2, 4, 2), (2, 2, 3), (3, 2, 2)])
 def test_each_method_learns_a_few_patches(name, dims, raters, classes):
-    method = build(name, raters, dims, classes, steps=25)
-    batch = scene(2, raters, dims, classes, side=32 if dims == 2 else 24)
+    steps = 20 if dims == 2 else 5
+    method = build(name, raters, dims, classes, steps=steps)
+    batch = scene(2 if dims == 2 else 1, raters, dims, classes)
     batch["raters"][0, -1] = D.MISSING
     first = None
-    for step in range(25):
+    for step in range(steps):
         losses = step_grads(method, batch, step)
         method.plan.optimizer.step()
         first = losses["loss"].item() if first is None else first
         assert torch.isfinite(losses["loss"])
-    assert method(batch["image"]).shape == (2, 1 if classes == 2 else classes, *batch["label"].shape[1:])
-    assert losses["loss"] < 0.7 * first
+    wanted = (len(batch["label"]), 1 if classes == 2 else classes, *batch["label"].shape[1:])
+    assert method(batch["image"]).shape == wanted
+    assert losses["loss"] < (0.7 if dims == 2 else 0.97) * first
 
 
 def test_umanet_fits_what_most_raters_drew():
-    method, batch = build(steps=150, tau_confidence=10.0, tau_agreement=10.0), scene(batch=3, raters=5)
-    batch["raters"][:, 3:] = batch["label"][:, None]
-    for step in range(150):
+    method = build(raters=4, steps=50, tau_confidence=10.0, tau_agreement=10.0)
+    batch = scene(raters=4)
+    batch["raters"][:, 1:] = batch["label"][:, None]
+    batch["raters"][:, 0] = 1 - batch["label"]
+    for step in range(50):
         step_grads(method, batch, step)
         method.plan.optimizer.step()
     found = method(batch["image"])[:, 0] > 0

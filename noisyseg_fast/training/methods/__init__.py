@@ -15,4 +15,15 @@ from .base import METHODS, Batch, Inputs, Losses, MakeNetwork, Method, Plan, con
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f".{_module.name}", __name__)
 
-__all__ = ["METHODS", "Batch", "Inputs", "Losses", "MakeNetwork", "Method", "Plan", "configure", "create", "get"]
+__all__ = [
+    "METHODS",
+    "Batch",
+    "Inputs",
+    "Losses",
+    "MakeNetwork",
+    "Method",
+    "Plan",
+    "configure",
+    "create",
+    "get",
+]

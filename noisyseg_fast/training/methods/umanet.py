@@ -43,7 +43,9 @@ class Config:
     consistency: float = 1.0
     tau_confidence: float = 0.2  # tau_a and tau_b: 0.2 each for lungs and fundus, 0.15 and 0.1 for
     tau_agreement: float = 0.2  # breast MRI (sec. IV)
-    entropy: str = "paper"  # of the confidence, eq. 6; "binary": all of the entropy, mean over pixels (at most ln 2)
+    entropy: str = (
+        "paper"  # of the confidence, eq. 6; "binary": all of the entropy, mean over pixels (at most ln 2)
+    )
     warmup: float = 0.1  # share of the run in which all images count as high quality [DEF]
     assess: bool = True  # the QAM; false: all images are of high quality
     auxiliary: bool = True  # false: images of low quality are left out (the paper's ablation)
