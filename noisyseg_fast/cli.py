@@ -279,6 +279,40 @@ def predict(
 
 
 @app.command()
+def reproduce(
+    study: Annotated[str, typer.Argument(help="Which: mcpm.")],
+    data: Annotated[str, Option(help=SOURCE, metavar=METAVAR)] = "sample",
+    seeds: Annotated[int, Option(help="How many, from 0.")] = 3,
+    budget: Annotated[int, Option(help="Iterations of every run.")] = 500,
+    arm: Annotated[list[str] | None, Option(help="Only this arm; repeatable. [default: the paper's]")] = None,
+    folder: Annotated[Path | None, Option("--out", help="[default: runs/STUDY]")] = None,
+    quick: Annotated[bool, Option("--quick", help="Tiny runs, to try the machinery.")] = False,
+) -> None:
+    """Repeat a paper's comparison, with the same budget for all arms. Interrupted, it goes on when called again.
+
+    Example: `noisyseg reproduce mcpm --data lidc2d_64.npz --seeds 3 --out runs/mcpm`
+    """
+    from .training import reproduce as studies
+
+    folder = folder or Path("runs") / study
+    try:
+        studies.reproduce(
+            study,
+            folder,
+            data=data,
+            seeds=seeds,
+            budget=min(budget, 4) if quick else budget,
+            arms=arm or (),
+            quick=quick,
+            console=out,
+        )
+    except KeyboardInterrupt:
+        print("noisyseg: interrupted; the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    _say("results", folder / "results.md")
+
+
+@app.command()
 def fuse(
     masks: Annotated[
         list[Path], typer.Argument(help="One file for each rater (.nii.gz, .nii, .png), of one image.")

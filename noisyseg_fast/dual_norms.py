@@ -9,8 +9,9 @@ Which computations are fused: the plain forward pass; the forward and backward p
 for it: x and four numbers a channel); forward mode by `torch.autograd.forward_ad` while no gradient is recorded, in
 one kernel; `torch.func.jvp`, in two. All others are right too, by torch's own operations (`reference.norm_act`):
 second derivatives (`create_graph=True`), batched gradients, forward over reverse, `torch.func.grad`, `vjp` and
-`vmap`, `torch.compile`, `is_scripting`, running statistics of instance norm in training, and devices and dtypes that
-the kernels do not know. Under autocast the result has x's dtype, where torch's group norm on CUDA gives float32.
+`vmap`, `torch.compile`, scripting and tracing, running statistics of instance norm in training, tensor subclasses,
+and devices and dtypes that the kernels do not know. Under autocast the result has x's dtype, where torch's group norm
+on CUDA gives float32.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def norm_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     slope: float | Tensor = 1.0,
-) -> Tensor:
+) -> Any:
     """act(norm(x) * weight + bias), x (B, C, *S) floating, contiguous or channels_last (other strides are copied).
 
     norm: "batch", "instance" or "group" (of `groups` groups); the arguments up to eps as those of torch's batch_norm,
@@ -76,7 +77,7 @@ def norm_act(
         alone = stack is not None and len(stack) == 1
         if not alone or stack[0].key() != torch._C._functorch.TransformType.Jvp or gradient:
             return options.composed(*tensors)
-        return _Norm.call(*tensors, options)[0]  # type: ignore[no-any-return]
+        return _Norm.call(*tensors, options)[0]
     if forward_ad._current_level >= 0:
         duals = [(t, None) if t is None else tuple(forward_ad.unpack_dual(t)) for t in tensors]
         if any(dot is not None for _, dot in duals):
@@ -85,8 +86,8 @@ def norm_act(
             y, y_dot, _ = options.forward([p for p, _ in duals], [dot for _, dot in duals])
             return forward_ad.make_dual(y, y_dot)
     if gradient:
-        return _Norm.call(*tensors, options)[0]  # type: ignore[no-any-return]
-    return options.forward(tensors)[0]  # type: ignore[no-any-return]
+        return _Norm.call(*tensors, options)[0]
+    return options.forward(tensors)[0]
 
 
 def _check(
@@ -175,7 +176,8 @@ class _Options:
 
     def kernels_know(self, tensors: tuple[Tensor | None, ...]) -> bool:
         x, buffers = tensors[0], [v for v in self.running if v is not None]
-        if torch.compiler.is_compiling() or torch.jit.is_scripting() or torch.jit.is_tracing():
+        jit: Any = torch.jit
+        if torch.compiler.is_compiling() or jit.is_scripting() or jit.is_tracing():
             return False
         if self.norm == "instance" and self.training and buffers:  # averages over the batch, in torch alone
             return False
@@ -247,12 +249,12 @@ class _Options:
         views = (view(y), view(y_dot), view(stats))
         _core.norm_forward(arrays, numbers, *views, workspace.data_ptr(), space.exec)
         if mean is not None and not self.given and not mean.is_inference():
-            torch.autograd.graph.increment_version((mean, var))
+            torch.autograd.graph.increment_version([v for v in (mean, var) if v is not None])
         return y, y_dot, stats
 
     def backward(self, tensors: Any, stats: Tensor, grad_y: Tensor, needed: Any) -> tuple[Tensor | None, ...]:
         x, layout = _dense(tensors[0].detach())
-        parameters = [None if t is None else t.detach() for t in tensors[1:]]
+        parameters: list[Any] = [None if t is None else t.detach() for t in tensors[1:]]
         grad_y = grad_y.detach().to(x.dtype).resolve_neg().contiguous(memory_format=layout)
         space = _arrays.of(x=x)
         view = _view(space)
@@ -284,9 +286,9 @@ def _view(space: _arrays.Namespace) -> Callable[[Tensor | None], Any]:
     return lambda t: None if t is None else space.view(t)
 
 
-def _workspace(space: Any, arrays: Any, numbers: Any) -> Tensor:
+def _workspace(space: Any, arrays: Any, numbers: Any) -> Any:
     size = _core.norm_workspace(arrays, numbers, space.exec)
-    return space.empty((size,), "uint8")  # type: ignore[no-any-return]
+    return space.empty((size,), "uint8")
 
 
 class _Norm(_Function):
@@ -321,8 +323,8 @@ class _Norm(_Function):
                 swapped[i] = t
             return ctx.options.composed(*swapped, update=False)
 
-        _, pull = torch.func.vjp(value, *(tensors[i] for i in wanted))
-        grads = dict(zip(wanted, pull(grad_y), strict=True))
+        pulled: Any = torch.func.vjp(value, *(tensors[i] for i in wanted))
+        grads = dict(zip(wanted, pulled[1](grad_y), strict=True))
         return *(grads.get(i) for i in range(4)), None
 
     @staticmethod
@@ -353,6 +355,8 @@ class _Tangent(_Function):
 class FusedActivation(nn.Module):
     """Stands where an activation was that the norm before it now computes; holds its parameter, if it has one."""
 
+    _fused: _Fused
+
     def __init__(self, activation: nn.Module) -> None:
         super().__init__()
         self.__dict__["_fused"] = _Fused(activation)
@@ -380,15 +384,15 @@ class FusedActivation(nn.Module):
 class _Fused:
     """An activation, the norms that compute it, and the dropouts between."""
 
-    def __init__(self, activation: nn.Module) -> None:
+    def __init__(self, activation: Any) -> None:
         self.activation = activation
-        self.norms: list[nn.Module] = []
-        self.between: list[nn.Module] = []
+        self.norms: list[Any] = []
+        self.between: list[Any] = []
 
     def joined(self) -> bool:
         """Not while a dropout between them drops, or somebody's hook wants to see the norm's own output."""
         return not (
-            any(d.training and d.p > 0 for d in self.between)  # type: ignore[operator]
+            any(d.training and d.p > 0 for d in self.between)
             or any(_hooked(m) for m in (*self.norms, *self.between))
         )
 
@@ -396,7 +400,7 @@ class _Fused:
 class DualNorm(nn.Module):
     """What fuse_dual_norms makes of a norm: of the same class besides, with the same parameters and buffers."""
 
-    def _apply_norm(self, x: Tensor, **options: Any) -> Tensor:
+    def _apply_norm(self, x: Tensor, **options: Any) -> Any:
         stand_in: Any = self.__dict__.get("_dual_activation", (None,))[0]
         slope = stand_in.slope() if stand_in is not None and stand_in._fused.joined() else 1.0
         return norm_act(x, self.weight, self.bias, eps=self.eps, slope=slope, **options)  # type: ignore[arg-type]
@@ -435,7 +439,7 @@ class _DualInstanceNorm(DualNorm):
 
 class _DualGroupNorm(DualNorm):
     def forward(self, x: Any) -> Any:
-        return self._apply_norm(x, norm="group", groups=self.num_groups)  # type: ignore[arg-type]
+        return self._apply_norm(x, norm="group", groups=self.num_groups)
 
 
 class DualBatchNorm1d(_DualBatchNorm, nn.BatchNorm1d):
@@ -509,7 +513,7 @@ def fuse_dual_norms(net: nn.Module) -> nn.Module:
                 uses[child] = uses.get(child, 0) + 1
     for m in modules:
         if type(m) in _DUAL and not _hooked(m):
-            m.__class__ = _DUAL[type(m)]  # type: ignore[assignment]
+            m.__class__ = _DUAL[type(m)]
     for parent in modules:
         for norms, between, name in _pairs(parent):
             activation = parent._modules[name]
@@ -536,7 +540,7 @@ def unfuse_dual_norms(net: nn.Module) -> nn.Module:
                     activation.weight = child.weight
                 m._modules[name] = activation.train(child.training)
         if type(m) in _PLAIN:
-            m.__class__ = _PLAIN[type(m)]  # type: ignore[assignment]
+            m.__class__ = _PLAIN[type(m)]
             m.__dict__.pop("_dual_activation", None)
     return net
 
@@ -549,16 +553,17 @@ def _hooked(m: Any) -> bool:
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
-def _pairs(parent: nn.Module) -> list[tuple[list[nn.Module], list[nn.Module], str]]:
+def _pairs(parent: nn.Module) -> list[tuple[list[Any], list[Any], str]]:
     """(norms, dropouts between, name of the activation) among parent's children."""
-    found = []
+    found: list[tuple[list[Any], list[Any], str]] = []
     block = _BLOCKS.get(f"{type(parent).__module__}.{type(parent).__qualname__}")
     if block is not None:
         norms = [parent._modules[n] for n in block[0]]
         if type(parent._modules[block[1]]) in _ACTIVATIONS:
             found.append((norms, [], block[1]))
     elif isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
-        norm, between = None, []
+        norm: Any = None
+        between: list[Any] = []
         for name, m in parent._modules.items():
             if type(m) in _ACTIVATIONS and norm is not None:
                 found.append(([norm], between, name))
@@ -567,4 +572,4 @@ def _pairs(parent: nn.Module) -> list[tuple[list[nn.Module], list[nn.Module], st
                 between = [*between, m]
             elif type(m) is not nn.Identity or _hooked(m):
                 norm, between = (m if type(m) in _PLAIN else None), []
-    return found  # type: ignore[return-value]
+    return found

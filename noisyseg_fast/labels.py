@@ -11,10 +11,10 @@ pixels without a vote. What is not there is left out of every sum.
 
 The votes on a pixel form a pattern, of which an image has few (at most 2^M for masks). One pass over the image counts
 them, everything iterative works on the counts, a last pass looks the results up. So an iteration costs microseconds
-and all counts are exact integers; results are the same bits for any number of threads. simple, rater_scores and
-agreement read the counts on the host, so with CUDA arrays they wait for the device, as does staple above 65,536
-possible patterns; the others do not. Results are new arrays of the annotations' kind, on their device, without
-gradients. Definitions: `noisyseg_fast.reference`.
+and all counts are exact integers; results are the same bits for any number of threads. With CUDA arrays nothing waits
+for the device, but: simple, rater_scores and agreement read the counts on the host; so does staple above 65,536
+possible patterns; and what is given on the host (present, weights, prior) must be copied. Results are new arrays of
+the annotations' kind, on their device, without gradients. Definitions: `noisyseg_fast.reference`.
 
 Raises TypeError for dtypes and kinds of arrays, ValueError for shapes and options.
 """
@@ -124,7 +124,8 @@ def staple(
     pixel, the prior the share of all votes, held fixed: so results depend on how much background the image has.
 
     Args:
-        max_iter: iterations at most (converged says whether they sufficed).
+        max_iter: iterations at most (converged says whether they sufficed; real raters took up to 8,000, where most
+            of them marked nothing).
         tol: stop when no rate changes by more in one iteration.
         prior: P(object), or with num_classes P(label) for each, in place of the share of all votes.
         dtype: of the posterior, float32 or float64. EM itself runs in double precision.
@@ -256,9 +257,8 @@ def soft_average(
         given = _to(v.space, host)
     shape = v.size if num_classes is None else (v.classes, *v.size)
     out = _image(v.space, (v.batch, *shape), kind)
-    if (
-        v.space.dtype(annotations) in _arrays.LABELS and v.patterns <= _DIRECT
-    ):  # bytes of patterns, not doubles
+    labelled = v.space.dtype(annotations) in _arrays.LABELS
+    if labelled and v.patterns <= _DIRECT and v.space.device < 0:  # bytes of patterns in place of doubles
         index, _, _ = _patterns(v)
         values = _to(v.space, _means(v, host))
         flat = out.reshape((v.batch, -1, v.pixels))
@@ -292,17 +292,17 @@ def label_sampling(
     generator lives on the CPU.
     """
     v = _votes(annotations, present, None, None, spatial_dims, _arrays.FLOATS)
-    masks = annotations if v.batched else annotations[None]
     chosen, there = _draw(v, generator)
+    masks = np.from_dlpack(annotations) if v.space.name == "dlpack" else annotations
+    masks = masks if v.batched else masks[None]
     if v.space.name == "torch":
         import torch
 
         picked = masks[torch.arange(v.batch, device=masks.device), chosen]
         if there is not None:
-            picked = picked * there.reshape(-1, *[1] * len(v.size)).to(picked.dtype)
+            picked = picked.masked_fill(~there.reshape(-1, *[1] * len(v.size)), 0)
     else:
         module: Any = np if v.space.name != "cupy" else __import__("cupy")
-        masks = np.from_dlpack(masks) if v.space.name == "dlpack" else masks
         picked = masks[module.arange(v.batch), chosen]
         if there is not None:
             picked = module.where(
@@ -461,11 +461,12 @@ def _simple(
     digits: HostArray, n: HostArray, classes: int, alpha: float, max_iter: int, rule: int, value: int
 ) -> tuple[HostArray, HostArray, HostArray, int]:
     """Each pattern's label, the kept raters, their weights, and the iterations."""
-    kept = ((digits < classes) & (n[:, None] > 0)).any(0)
-    weights = kept.astype(np.float64)
+    kept: HostArray = np.asarray((digits < classes).any(0))
+    weights: HostArray = kept.astype(np.float64)
     labels = _weighted_vote(digits, weights, classes, rule, value)
-    iteration = 0
-    for iteration in range(1, max_iter + 1):
+    iterations, done = 0, False
+    while iterations < max_iter and not done:
+        iterations += 1
         scores = np.array(
             [_mean_dice(labels, digits[:, m], n, classes) if kept[m] else 0.0 for m in range(digits.shape[1])]
         )
@@ -474,11 +475,9 @@ def _simple(
         still = kept & (scores >= limit - 1e-12)
         weights = np.where(still, scores, 0.0) if scores[still].any() else still.astype(np.float64)
         new = _weighted_vote(digits, weights, classes, rule, value)
-        done = (still == kept).all() and (new == labels).all()
+        done = bool((still == kept).all() and (new == labels).all())
         kept, labels = still, new
-        if done:
-            break
-    return labels, kept, weights, iteration
+    return labels, kept, weights, iterations
 
 
 def _mean_dice(truth: HostArray, vote: HostArray, n: HostArray, classes: int) -> float:
@@ -537,7 +536,9 @@ class _Votes:
 
     def back(self, x: Any) -> Any:
         """A result as the caller's kind of array, without the batch axis where none was given."""
-        return self.space.back(x if self.batched else x[0])
+        if self.batched:
+            return self.space.back(x)
+        return self.space.back(x[0, ...] if self.space.name == "dlpack" else x[0])
 
 
 def _votes(
@@ -585,7 +586,9 @@ def _votes(
         or not 2 <= num_classes <= MAX_CLASSES
     ):
         raise ValueError(f"num_classes must be an integer from 2 to {MAX_CLASSES}, got {num_classes!r}")
-    if missing is not None and (isinstance(missing, bool) or missing != int(missing)):
+    if missing is not None and not (
+        isinstance(missing, (int, float)) and abs(missing) < 2**62 and missing == int(missing)
+    ):
         raise ValueError(f"missing must be a whole number, got {missing!r}")
     if mask is not None and tuple(mask.shape) not in ((raters,), (batch, raters)):
         raise ValueError(
@@ -753,7 +756,9 @@ def _host_patterns(v: _Votes, keys: Any, counts: Any) -> Any:
 def _host(x: Any) -> HostArray:
     if hasattr(x, "detach"):
         return np.asarray(x.detach().cpu())
-    return np.asarray(x.get() if type(x).__module__.split(".")[0] == "cupy" else x)
+    if type(x).__module__.split(".")[0] == "cupy":
+        return np.asarray(x.get())
+    return np.from_dlpack(x) if hasattr(x, "__dlpack__") and not hasattr(x, "__array__") else np.asarray(x)
 
 
 def _to(space: _arrays.Namespace, x: HostArray | None) -> Any:

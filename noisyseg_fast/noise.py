@@ -307,14 +307,16 @@ def erase_component(
     batch = _batch(masks, spatial_dims)
     found = _object(batch)
     labels = _components(batch, found, connectivity)
-    roots, sizes = _roots(batch, labels)
+    roots = _roots(batch, labels)
     out = found != 0
     for i, random in enumerate(_generators(seed, batch.size)):
         hit, place = random.random() < probability, random.random()
         if not hit or not len(roots[i]):
             continue
-        order = sizes[i] if which == "smallest" else -sizes[i]
-        number = int(place * len(order)) if which == "random" else int(order.argmin())
+        number = int(place * len(roots[i]))
+        if which != "random":
+            sizes = _sizes(batch, labels[i], roots[i])
+            number = int(sizes.argmin() if which == "smallest" else sizes.argmax())
         out[i] &= labels[i] != int(roots[i][number]) + 1
     return _result(batch, out)
 
@@ -377,9 +379,11 @@ def _vertices(
 ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
     """(P, n, 2) rows and columns of the vertices, the (B + 1,) first polygon of each item, the (P,) items."""
     labels = _components(batch, found, "full")
-    roots, sizes = _roots(batch, labels)
+    roots = _roots(batch, labels)
     if largest:
-        roots = [r[s.argmax()][None] if len(r) else r for r, s in zip(roots, sizes, strict=True)]
+        roots = [
+            r[[_sizes(batch, x, r).argmax()]] if len(r) else r for r, x in zip(roots, labels, strict=True)
+        ]
     counts = [len(r) for r in roots]
     first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
     owner = np.repeat(np.arange(batch.size), counts)
@@ -419,7 +423,7 @@ def distort_boundary(
 
     share: of the contour's pixels that become the centre of a disk to add, and the same for one to remove. radius: in
     pixels, one integer or (least, most), drawn for each disk. The contour is the object's pixels with a face
-    neighbour in the background. The union of all disks is one distance transform, whatever their number and size.
+    neighbour in the background. All disks are made by one distance transform, whatever their number and size.
     """
     low, high = (round(r) for r in _range("radius", radius))
     _probability("share", share)
@@ -433,8 +437,11 @@ def distort_boundary(
     for turn in (0, 1):
         chosen = contour & (_uniforms(batch, keys, 2 * turn) < share)
         r = (_uniforms(batch, keys, 2 * turn + 1) * (high - low + 1)) // 1 + low
-        depth = _where(batch, chosen, -(r * r), math.inf)
-        disks = sampled_distance(depth, spatial_dims=batch.dims) <= 0
+        if low == high:  # a transform of a mask takes less time than one of a function
+            disks = distance_transform_edt(~chosen, spatial_dims=batch.dims) <= low
+        else:
+            depth = _where(batch, chosen, -(r * r), math.inf)
+            disks = sampled_distance(depth, spatial_dims=batch.dims) <= 0
         out = out & ~disks if turn else out | disks
     return _result(batch, out)
 
@@ -952,17 +959,18 @@ def _components(batch: _Batch, found: Any, connectivity: str) -> Any:
     return labels
 
 
-def _roots(batch: _Batch, labels: Any) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
-    """Of each item the index of every component's first pixel, rising, and its number of pixels."""
-    library, size = _library(batch), math.prod(batch.spatial)
-    roots, sizes = [], []
-    for item in labels.reshape((batch.size, size)):
-        counts = library.bincount(item, minlength=1)
-        counts[0] = 0
-        found = _host(library.argwhere(counts)).reshape(-1)
-        roots.append(found - 1)
-        sizes.append(_host(counts[counts > 0]).reshape(-1))
-    return roots, sizes
+def _roots(batch: _Batch, labels: Any) -> list[NDArray[np.int64]]:
+    """Of each item the index of every component's first pixel, rising."""
+    size = math.prod(batch.spatial)
+    flat = labels.reshape((batch.size, size))
+    found = _host(_library(batch).argwhere(flat == _device(batch, np.arange(1, size + 1, dtype=np.int32))))
+    return np.split(found[:, 1], np.searchsorted(found[:, 0], np.arange(1, batch.size)))
+
+
+def _sizes(batch: _Batch, labels: Any, roots: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Pixels of each component of one item."""
+    counts: NDArray[np.int64] = _host(_library(batch).bincount(labels.reshape(-1)))
+    return counts[roots + 1]
 
 
 def _uniforms(batch: _Batch, keys: Sequence[int], stream: int) -> Any:

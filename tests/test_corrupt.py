@@ -130,6 +130,8 @@ def test_corrupt_errors(volumes, tmp_path):
     check(f"{tmp_path / 'no'}: no such folder of masks", "--noise", "shift", masks=tmp_path / "no")
     check(f"{full}: holds no masks (.nii.gz, .nii, .png)", "--noise", "shift", masks=full)
     check("dilate has no option 'size'; it takes radius, spacing", "--noise", "dilate", "--set", "size=3")
+    check("dilate needs its radius: --set radius=..., or --target-dice", "--noise", "dilate")
+    check("radius must be finite and not negative, got -1", "--noise", "dilate", "--set", "radius=-1")
     check("--noise must be like dilate or dilate=0.5, got 'dilate=x'", "--noise", "dilate=x")
     check("--noise: give every noise a probability or none", "--noise", "dilate=0.5", "--noise", "erode")
     check("--noise: each operator can be given once", "--noise", "erode", "--noise", "erode")

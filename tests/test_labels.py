@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -433,7 +432,8 @@ def test_same_bits_with_1_and_2_threads():
         "    x = torch.from_numpy(rng.integers(0, high, shape).astype(np.uint8))\n"
         "    n = None if high == 2 else high\n"
         "    r = nf.staple(x, num_classes=n, spatial_dims=2, max_iter=20)\n"
-        "    parts = [*r, nf.majority_vote(x, num_classes=n, spatial_dims=2), nf.soft_average(x, num_classes=n, spatial_dims=2)]\n"
+        "    parts = [*r, nf.majority_vote(x, num_classes=n, spatial_dims=2)]\n"
+        "    parts += [nf.soft_average(x, num_classes=n, spatial_dims=2)]\n"
         "    parts += [nf.soft_average(x.float(), spatial_dims=2), *nf.agreement(x, num_classes=n, spatial_dims=2)]\n"
         "    for p in parts: h.update(p.contiguous().numpy().tobytes())\n"
         "print(h.hexdigest())\n"
@@ -441,7 +441,7 @@ def test_same_bits_with_1_and_2_threads():
     digests = {
         subprocess.run(
             [sys.executable, "-c", code, str(n)], capture_output=True, text=True, check=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_WAIT_POLICY": "passive"},
         ).stdout
         for n in (1, 2)
     }  # fmt: skip
@@ -466,6 +466,42 @@ def test_float_ways_agree():
         nf.soft_average(masks, weights=[1, 2, 3, 4, 5]),
         nf.soft_average(masks.astype(np.float64), weights=[1, 2, 3, 4, 5]),
     )
+
+
+def test_dlpack_arrays():
+    """Of a library of which nothing else is known; results are NumPy's, or go through its own from_dlpack."""
+
+    class Foreign:
+        def __init__(self, x):
+            self.x, self.shape = x, x.shape
+
+        def __dlpack__(self, **options):
+            return self.x.__dlpack__()
+
+        def __dlpack_device__(self):
+            return self.x.__dlpack_device__()
+
+    class Own(Foreign):
+        def __array_namespace__(self):
+            class Library:
+                from_dlpack = staticmethod(lambda x: Own(np.from_dlpack(x)))
+
+            return Library
+
+    masks, here = raters((20, 20), 4), np.array([1, 1, 0, 1], np.uint8)
+    expected = nf.staple(masks, present=here)
+    found = nf.staple(Foreign(masks), present=Foreign(here))
+    own = nf.staple(Own(masks), present=Own(here))
+    for name, want in expected._asdict().items():
+        assert isinstance(getattr(own, name), Own)
+        np.testing.assert_array_equal(getattr(found, name), want)
+        np.testing.assert_array_equal(getattr(own, name).x, want)
+    np.testing.assert_array_equal(nf.simple(Own(masks)).selected.x, nf.simple(masks).selected)
+    np.testing.assert_array_equal(nf.agreement(Foreign(masks)).dice, nf.agreement(masks).dice)
+    scores = nf.rater_scores(Foreign(masks), Foreign(masks[0]))
+    np.testing.assert_array_equal(scores.dice, nf.rater_scores(masks, masks[0]).dice)
+    picked = nf.label_sampling(Foreign(masks), np.random.default_rng(0))
+    np.testing.assert_array_equal(picked, nf.label_sampling(masks, np.random.default_rng(0)))
 
 
 # ---- sampling -------------------------------------------------------------------------------------
@@ -514,6 +550,8 @@ ERRORS = [
     (lambda: nf.staple(OK, num_classes=1), "num_classes must be an integer from 2 to 255, got 1"),
     (lambda: nf.staple(OK, num_classes=256), "num_classes must be an integer from 2 to 255"),
     (lambda: nf.staple(OK, missing=0.5), "missing must be a whole number, got 0.5"),
+    (lambda: nf.staple(OK, missing=float("inf")), "missing must be a whole number, got inf"),
+    (lambda: nf.staple(OK, missing=float("nan")), "missing must be a whole number, got nan"),
     (lambda: nf.staple(OK, max_iter=0), "max_iter must be a positive integer, got 0"),
     (lambda: nf.staple(OK, tol=-1), "tol must be finite and not negative, got -1"),
     (lambda: nf.staple(OK, prior=2), "prior must be probabilities"),
@@ -657,7 +695,7 @@ def test_fuse_png_and_soft_masks(tmp_path):
 def test_fuse_errors_are_one_line_and_write_nothing(files, tmp_path):
     from folders import oblique_affine, save_nifti
 
-    (a, b, c), masks = files
+    (a, b, _), masks = files
     small, moved, soft, many = (tmp_path / f"{n}.nii.gz" for n in ("small", "moved", "soft", "many"))
     save_nifti(small, masks[0][:, :-1])
     save_nifti(moved, masks[0], oblique_affine((0.7, 0.7, 3.0)))

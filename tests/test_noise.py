@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -155,7 +158,7 @@ def test_deform_is_scipys_map_coordinates(shape, points):
 
 
 def test_deform_equals_elasticdeform():
-    elasticdeform = pytest.importorskip("elasticdeform")
+    elasticdeform = pytest.importorskip("elasticdeform", exc_type=ImportError)
     displacement = np.random.default_rng(1).normal(0, 4, (2, 3, 5))
     mask, image = blobs(1, 64, 80)[0], np.random.default_rng(2).random((64, 80))
     inner = (slice(16, -16), slice(16, -16))  # at the edge it counts pixels partly outside as outside
@@ -362,6 +365,22 @@ def test_distort_boundary_adds_and_removes_disks():
         assert changed.any() and distance[changed].max() <= 4
         added, gone = changed & (after != 0), changed & (after == 0)
         assert added.any() and gone.any()
+    for radius in (4, 4), (0, 16):  # by transforms of masks, and by one of a function
+        far = noise.distort_boundary(masks, radius, 0.02, seed=0, spatial_dims=2)
+        batch = noise._batch(masks, 2)
+        keys = [int(g.integers(2**63)) for g in noise._generators(0, 20)]
+        disks = []
+        for turn in (0, 1):
+            chosen, size = (
+                noise._uniforms(batch, keys, 2 * turn) < 0.02,
+                noise._uniforms(batch, keys, 2 * turn + 1),
+            )
+            here = np.zeros(masks.shape, bool)
+            for i, y, x in np.argwhere(chosen & np.stack([contour_of(m) for m in masks])):
+                r = radius[0] + int(size[i, y, x] * np.float32(radius[1] - radius[0] + 1))
+                here[i] |= np.hypot(*(np.indices((48, 48)) - np.reshape((y, x), (2, 1, 1)))) <= r
+            disks.append(here)
+        assert np.array_equal(far != 0, ((masks != 0) | disks[0]) & ~disks[1])
     assert np.array_equal(noise.distort_boundary(masks, 3, 0, seed=0, spatial_dims=2), masks)
     every = noise.distort_boundary(masks, 3, 1, seed=0, spatial_dims=2)
     for mask, after in zip(masks, every, strict=True):
@@ -416,6 +435,28 @@ def test_seeds_and_streams(operator):
     assert np.array_equal(*numpy_seeded) and np.array_equal(*torch_seeded)
     generator = np.random.default_rng(3)
     assert not np.array_equal(apply(operator, masks, generator), apply(operator, masks, generator))
+
+
+def test_every_instruction_set_gives_the_same_bits():
+    code = """
+import hashlib, numpy as np
+from noisyseg_fast import noise, timing
+masks = timing.blobs((6, 61, 150))
+parts = [noise.elastic_deform(masks, 4, rotation=9, order=order, seed=1, spatial_dims=2) for order in (0, 1)]
+parts += [noise.distort_boundary(masks, seed=1, spatial_dims=2), noise.polygonize(masks, 5, seed=1, spatial_dims=2)]
+print(hashlib.sha256(b"".join(p.tobytes() for p in parts)).hexdigest())
+"""
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "NOISYSEG_ISA": isa},
+        ).stdout
+        for isa in ("baseline", "avx2", "avx512")
+    }
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("operator", ALL, ids=repr)

@@ -82,7 +82,9 @@ def test_a_step_of_each_method_lowers_its_loss(name, channels):
         "label": label,
         "index": torch.arange(2),
     }
-    optimizer = torch.optim.Adam(method.parameters(), lr=1e-2)
+    batch |= {"meta": dict(batch), "raters": torch.stack([label, label], 1), "unlabelled": batch["image"]}
+    optimizer = torch.optim.Adam(method.trained(), lr=1e-2)
+    method.plan = methods.Plan(optimizer, 15, 15)
     losses = []
     for step in range(15):
         loss = method.training_step(batch, step)["loss"]

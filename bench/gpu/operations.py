@@ -17,4 +17,8 @@ for shape in ((128, 1, 64, 64), (4, 1, 112, 112, 80)):
     nf.surface_metrics(labels, shifted, spatial_dims=dims, definition="deepmind")
     nf.overlap_metrics(labels, shifted, spatial_dims=dims)
     nf.overlap_metrics(logits.detach(), labels)
+    raters = torch.stack([labels, shifted, labels.roll(1, 1), labels], 1)
+    nf.staple(raters, spatial_dims=dims)
+    nf.majority_vote(raters, spatial_dims=dims)
+    nf.soft_average(raters.half(), spatial_dims=dims)
 torch.cuda.synchronize()

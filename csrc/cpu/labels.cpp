@@ -8,7 +8,8 @@
 
 #include "cpu/planes.h"
 
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of make_layout's strides: every given array's are set
+#pragma GCC diagnostic ignored \
+    "-Wmaybe-uninitialized"  // of make_layout's strides: every given array's are set
 
 namespace noisyseg::NOISYSEG_ISA {
 namespace {
@@ -73,7 +74,7 @@ void make_codes(const Votes& votes, int64_t b, int64_t q, int n, Code* codes) {
     const Plane& plane = votes.planes[m == votes.layout.channels];
     const int64_t base = b * plane.batch + (m == votes.layout.channels ? 0 : m * plane.channel);
     for_rows(plane, votes.layout, base, q, n, [&](int64_t offset, int done, int count) {
-#define ADD(T)                                                                                           \
+#define ADD(T)                                                                                              \
   add_votes(reinterpret_cast<const T*>(plane.data) + offset, plane.step[2], count, votes.rules, m == 0, at, \
             codes + done)
       switch (plane.dtype) {
@@ -393,8 +394,8 @@ size_t staple_workspace(int64_t batch, int64_t slots, int64_t raters, int classe
 
 void staple(const Array& keys, const Array& counts, int64_t raters, const VoteOptions& options,
             const StapleOptions& em_options, const Array& prior, const Array& values, const Array& labels,
-            const Array& performance, const Array& sensitivity, const Array& specificity,
-            const Array& status, void* workspace, const Exec& exec) {
+            const Array& performance, const Array& sensitivity, const Array& specificity, const Array& status,
+            void* workspace, const Exec& exec) {
   const VoteRules rules = rules_of(options);
   const int64_t batch = counts.shape[0], slots = counts.shape[1], channels = values.shape[2];
   const int64_t classes = rules.classes, square = classes * classes;
@@ -422,8 +423,8 @@ void staple(const Array& keys, const Array& counts, int64_t raters, const VoteOp
         const int64_t at = (b * raters + m) * classes + t;
         rates_of(em.expected + m * square, rules.classes, static_cast<int>(t),
                  static_cast<double*>(sensitivity.data) + at, static_cast<double*>(specificity.data) + at);
-        const bool silent = static_cast<double*>(sensitivity.data)[at] !=
-                            static_cast<double*>(sensitivity.data)[at];
+        const bool silent =
+            static_cast<double*>(sensitivity.data)[at] != static_cast<double*>(sensitivity.data)[at];
         for (int64_t r = 0; r < classes; ++r)
           static_cast<double*>(performance.data)[at * classes + r] =
               silent ? NAN : em.theta[m * square + t * classes + r];
@@ -477,8 +478,9 @@ void soft_average(const Array& annotations, const Array& present, const Array& w
       for (int64_t m = 0; m < votes.raters; ++m) {
         if (!votes.here(b, m)) continue;
         const double weight =
-            weights ? static_cast<const double*>(weights.data)[b * weights.strides[0] + m * weights.strides[1]]
-                    : 1.0;
+            weights
+                ? static_cast<const double*>(weights.data)[b * weights.strides[0] + m * weights.strides[1]]
+                : 1.0;
         const double* x =
             load<double>(plane, votes.layout, b * plane.batch + m * plane.channel, q, count, buffer);
         for (int i = 0; i < count; ++i) {

@@ -195,6 +195,11 @@ struct Tiling {
   int planes() const { return tz + 2 * border_z(); }
   int rows() const { return ty + 2 * border; }  // of a plane, with the border
   int padded_rows() const { return planes() * rows(); }
+  int plane() const { return rows() * pitch; }
+  // Where an N-wide stencil begins, for the tile's first pixel.
+  int corner(int n) const {
+    return ((deep ? border - n / 2 : 0) * rows() + border - n / 2) * pitch + border - n / 2;
+  }
   int64_t tiles_of_item() const {
     const int64_t least = (tiles() + most_items - 1) / most_items;
     return least < 4 ? 4 : least;
@@ -205,6 +210,7 @@ struct Tiling {
 struct Place {
   int64_t b, z, y, x;  // where the tile begins
   int nz, ny, nx;      // how much of it lies in the image
+  int row[tile_rows];  // where its rows begin, for a stencil's corner at 0
 };
 Place place_of(const Tiling& t, int64_t tile) {
   Place p;
@@ -214,6 +220,7 @@ Place place_of(const Tiling& t, int64_t tile) {
   const auto part = [](int64_t left, int most) { return static_cast<int>(left < most ? left : most); };
   p.nz = part(t.extent.size[0] - p.z, t.tz), p.ny = part(t.extent.size[1] - p.y, t.ty);
   p.nx = part(t.extent.size[2] - p.x, tile_x);
+  for (int row = 0; row < p.nz * p.ny; ++row) p.row[row] = row / p.ny * t.plane() + row % p.ny * pitch;
   return p;
 }
 
@@ -242,20 +249,18 @@ void load_tile(const Tiling& t, const Place& p, const Volume& map, T* out) {
   }
 }
 
-// The N-wide convolution of channels `first` to first + K at `pair` vectors from (z, y, x) of the tile.
+// The N-wide convolution of channels `first` to first + K at `pair` vectors. from: the first tap's first
+// number; plane: how far its next plane lies.
 template <int N, int K, class T>
-inline __attribute__((always_inline)) void convolve(const Tiling& t, const T* tile, int z, int y, int x,
-                                                    const T* w, int64_t taps, const T* b,
-                                                    Vector<T> (&sum)[K][pair]) {
-  constexpr int lanes_ = width_of<T>, off = border - N / 2;
-  const int nz = t.deep ? N : 1;
+inline __attribute__((always_inline)) void convolve(const T* from, int nz, int plane, const T* w,
+                                                    int64_t taps, const T* b, Vector<T> (&sum)[K][pair]) {
+  constexpr int lanes_ = width_of<T>;
 #pragma GCC unroll 4
   for (int k = 0; k < K; ++k)
 #pragma GCC unroll 2
     for (int i = 0; i < pair; ++i) sum[k][i] = Vector<T>{} + b[k];
-  for (int dz = 0; dz < nz; ++dz)
-    for (int dy = 0; dy < N; ++dy, w += N) {
-      const T* from = tile + ((z + dz + (t.deep ? off : 0)) * t.rows() + y + dy + off) * pitch + x + off;
+  for (int dz = 0; dz < nz; ++dz, from += plane - N * pitch)
+    for (int dy = 0; dy < N; ++dy, w += N, from += pitch)
 #pragma GCC unroll 5
       for (int dx = 0; dx < N; ++dx) {
         Vector<T> in[pair];
@@ -266,7 +271,6 @@ inline __attribute__((always_inline)) void convolve(const Tiling& t, const T* ti
 #pragma GCC unroll 2
           for (int i = 0; i < pair; ++i) sum[k][i] += w[k * taps + dx] * in[i];
       }
-    }
 }
 
 // Four channels at a time, then one by one: f(how many, first)
@@ -288,13 +292,15 @@ struct Mask {
   const MaskWeights<T> net;
 
   template <int N>
-  inline __attribute__((always_inline)) void add_hidden(const T* tile, int z, int y, int x, const T* w,
-                                                        const T* b, const T* w1, int64_t channels,
-                                                        int64_t taps, Vector<T> (&logit)[pair]) const {
+  inline __attribute__((always_inline)) void add_hidden(const T* from, const T* w, const T* b, const T* w1,
+                                                        int64_t channels, int64_t taps,
+                                                        Vector<T> (&logit)[pair]) const {
+    const int nz = t.deep ? N : 1, plane = t.plane();
+    from += t.corner(N);
     in_groups(channels, [&](auto count, int64_t k) __attribute__((always_inline)) {
       constexpr int K = decltype(count)::value;
       Vector<T> h[K][pair];
-      convolve<N, K, T>(t, tile, z, y, x, w + k * taps, taps, b + k, h);
+      convolve<N, K, T>(from, nz, plane, w + k * taps, taps, b + k, h);
 #pragma GCC unroll 4
       for (int j = 0; j < K; ++j)
 #pragma GCC unroll 2
@@ -311,15 +317,15 @@ struct Mask {
       load_tile(t, p, loss, tile);
       for (int row = 0; row < p.nz * p.ny; ++row) {
         const int z = row / p.ny, y = row % p.ny;
-        const T* centre = tile + ((z + t.border_z()) * t.rows() + y + border) * pitch + border;
+        const T *corner = tile + p.row[row], *centre = corner + t.corner(1);
         for (int x = 0; x < p.nx; x += step) {
           Vector<T> logit[pair];
 #pragma GCC unroll 2
           for (int i = 0; i < pair; ++i)
             logit[i] =
                 net.w1[net.at.k3 + net.at.k5] * NOISYSEG_VECTOR(T, centre + x + i * lanes_) + net.b1[0];
-          add_hidden<3>(tile, z, y, x, net.w3, net.b3, net.w1, net.at.k3, net.at.taps3, logit);
-          add_hidden<5>(tile, z, y, x, net.w5, net.b5, net.w1 + net.at.k3, net.at.k5, net.at.taps5, logit);
+          add_hidden<3>(corner + x, net.w3, net.b3, net.w1, net.at.k3, net.at.taps3, logit);
+          add_hidden<5>(corner + x, net.w5, net.b5, net.w1 + net.at.k3, net.at.k5, net.at.taps5, logit);
 #pragma GCC unroll 2
           for (int i = 0; i < pair; ++i) NOISYSEG_PUT(T, logits + x + i * lanes_) = logit[i];
         }
@@ -347,12 +353,12 @@ struct Mask {
              Vector<T>* by_w, Vector<T>* by_b, Vector<T>* by_w1) const {
     constexpr int off = border - N / 2, G = N == 3 ? K : (K < 2 ? K : 2);
     const int nx = attached ? tile_x : (p.nx + step - 1) / step * step, rows = p.nz * p.ny;
-    const int nz = t.deep ? N : 1, off_z = t.deep ? off : 0;
+    const int nz = t.deep ? N : 1, plane = t.plane(), corner = t.corner(N);
     Vector<T> sum_b[K] = {}, sum_1[K] = {};
     for (int row = 0; row < rows; ++row)
       for (int x = 0; x < nx; x += step) {
         Vector<T> h[K][pair];
-        convolve<N, K, T>(t, s.tile, row / p.ny, row % p.ny, x, w, taps, b, h);
+        convolve<N, K, T>(s.tile + corner + p.row[row] + x, nz, plane, w, taps, b, h);
 #pragma GCC unroll 2
         for (int i = 0; i < pair; ++i) {
           const Vector<T> slope = NOISYSEG_VECTOR(T, s.slope + row * tile_x + x + i * lanes_);
@@ -371,8 +377,7 @@ struct Mask {
         for (int dy = 0; dy < N; ++dy) {
           Vector<T> sum[G][N] = {};
           for (int row = 0; row < rows; ++row) {
-            const T* from =
-                s.tile + ((row / p.ny + dz + off_z) * t.rows() + row % p.ny + dy + off) * pitch + off;
+            const T* from = s.tile + corner + p.row[row] + dz * plane + dy * pitch;
             const T* d = s.hidden + (g * tile_rows + row) * wide + margin;
             for (int x = 0; x < nx; x += lanes_) {
               Vector<T> slope[G];
@@ -395,7 +400,7 @@ struct Mask {
     for (int row = 0; row < rows; ++row)
       for (int dz = 0; dz < nz; ++dz)
         for (int dy = 0; dy < N; ++dy) {
-          T* to = s.by_tile + ((row / p.ny + dz + off_z) * t.rows() + row % p.ny + dy + off) * pitch;
+          T* to = s.by_tile + corner - off + p.row[row] + dz * plane + dy * pitch;
           const T* tap = w + (dz * N + dy) * N;
           for (int x = 0; x < pitch; x += lanes_) {
             Vector<T> sum = NOISYSEG_VECTOR(T, to + x);
@@ -427,7 +432,7 @@ struct Mask {
       else
         for (int i = 0; i < p.nx; ++i) slope[i] = by_logit(dr[i * dr_step], r[i * r_step]);
       for (int i = p.nx; i < tile_x; ++i) slope[i] = T(0);
-      const int from = ((row / p.ny + t.border_z()) * t.rows() + row % p.ny + border) * pitch + border;
+      const int from = t.corner(1) + p.row[row];
       for (int x = 0; x < tile_x; x += lanes_) {
         const Vector<T> sv = NOISYSEG_VECTOR(T, slope + x);
         sums[at.b1] += sv, sums[at.w1 + at.k3 + at.k5] += sv * NOISYSEG_VECTOR(T, s.tile + from + x);

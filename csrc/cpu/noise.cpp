@@ -41,70 +41,98 @@ void unite(int32_t* parent, int32_t a, int32_t b) {
     parent[a] = b;
 }
 
-// Union-find over one item. Voxels of a run along the last axis point at its first; runs are joined with
-// those of the rows before, once for each stretch of contact. Reads the mask (1 B) and its rows before (from
-// the cache), writes and reads 4 B per voxel.
+// The first pixel from x on in the object (or, for run_end, in the background); n if there is none. Eight at
+// a time.
+int64_t next_object(const uint8_t* row, int64_t x, int64_t n) {
+  for (uint64_t word; x + 8 <= n; x += 8) {
+    memcpy(&word, row + x, 8);
+    if (word) break;
+  }
+  while (x < n && !row[x]) ++x;
+  return x;
+}
+int64_t run_end(const uint8_t* row, int64_t x, int64_t n) {
+  for (uint64_t word; x + 8 <= n; x += 8) {
+    memcpy(&word, row + x, 8);
+    if ((word - 0x0101010101010101u) & ~word & 0x8080808080808080u) break;  // one of them is 0
+  }
+  while (x < n && row[x]) ++x;
+  return x;
+}
+
+// Union-find over the runs along the last axis, known by their first voxel; each is joined with those that it
+// touches in the rows before. Reads the mask (1 B per voxel) and its rows before (from the cache), writes 4 B
+// per voxel.
 void components(const uint8_t* mask, const int64_t n[3], bool full, int32_t* parent) {
   const int64_t before[4][2] = {{0, -1}, {-1, 0}, {-1, -1}, {-1, 1}};  // planes and rows
+  const int64_t width = n[2];
   for (int64_t z = 0; z < n[0]; ++z)
     for (int64_t y = 0; y < n[1]; ++y) {
-      const int64_t base = (z * n[1] + y) * n[2];
+      const int64_t base = (z * n[1] + y) * width;
       const uint8_t* row = mask + base;
-      for (int64_t x = 0; x < n[2]; ++x)
-        if (row[x])
-          parent[base + x] = static_cast<int32_t>(x > 0 && row[x - 1] ? parent[base + x - 1] : base + x);
-      for (int k = 0; k < (full ? 4 : 2); ++k) {
+      const int64_t start = next_object(row, 0, width);
+      for (int64_t x = start; x < width; x = next_object(row, run_end(row, x, width), width))
+        parent[base + x] = static_cast<int32_t>(base + x);
+      for (int k = 0; start < width && k < (full ? 4 : 2); ++k) {
         const int64_t v = z + before[k][0], u = y + before[k][1];
         if (v < 0 || u < 0 || u >= n[1]) continue;
-        const int64_t other = (v * n[1] + u) * n[2];
+        const int64_t other = (v * n[1] + u) * width;
         const uint8_t* above = mask + other;
-        if (!full) {
-          for (int64_t x = 0; x < n[2]; ++x)
-            if (row[x] && above[x] && !(x > 0 && row[x - 1] && above[x - 1]))
-              unite(parent, static_cast<int32_t>(base + x), static_cast<int32_t>(other + x));
-          continue;
-        }
-        for (int64_t x = 0;
-             x < n[2];) {  // a run of this row, and the runs above it, a voxel further each way
-          if (!row[x]) {
-            ++x;
-            continue;
+        int64_t a = next_object(above, 0, width), a_end = run_end(above, a, width);
+        for (int64_t x = start, end; x < width && a < width; x = next_object(row, end, width)) {
+          end = run_end(row, x, width);
+          const int64_t low = x - full, high = end + full;
+          while (a < width && a_end <= low) {
+            a = next_object(above, a_end, width);
+            a_end = run_end(above, a, width);
           }
-          const int64_t start = x;
-          while (x < n[2] && row[x]) ++x;
-          const int64_t end = smaller(x + 1, n[2]);
-          for (int64_t i = larger(start - 1, 0); i < end; ++i)
-            if (above[i] && (i == larger(start - 1, 0) || !above[i - 1]))
-              unite(parent, static_cast<int32_t>(base + start), static_cast<int32_t>(other + i));
+          while (a < width && a < high) {
+            unite(parent, static_cast<int32_t>(base + x), static_cast<int32_t>(other + a));
+            if (a_end >= high) break;  // it may touch the next run too
+            a = next_object(above, a_end, width);
+            a_end = run_end(above, a, width);
+          }
         }
       }
     }
-  const int64_t size = n[0] * n[1] * n[2];
-  // Parents come before their children, and those before i are final labels already: one more than the root.
-  for (int64_t i = 0; i < size; ++i)
-    parent[i] = !mask[i] ? 0 : parent[i] == i ? static_cast<int32_t>(i + 1) : parent[parent[i]];
+  // Parents come before their children, so the label of a run's parent is final: one more than the root.
+  for (int64_t r = 0; r < n[0] * n[1]; ++r) {
+    const uint8_t* row = mask + r * width;
+    int32_t* out = parent + r * width;
+    for (int64_t x = 0; x < width;) {
+      const int64_t next = next_object(row, x, width);
+      memset(out + x, 0, static_cast<size_t>(next - x) * sizeof(int32_t));
+      if (next == width) break;
+      const int64_t own = r * width + next;
+      const int32_t label = parent[own] == own ? static_cast<int32_t>(own + 1) : parent[parent[own]];
+      x = run_end(row, next, width);
+      for (int64_t i = next; i < x; ++i) out[i] = label;
+    }
+  }
 }
 
 // ---- polygons --------------------------------------------------------------------------------------
 
-// A row's windings as differences, then their sum: m edges and the row's pixels per row and polygon.
+// A row's windings as differences, then their sum: m edges and the polygon's width per row and polygon.
 void fill_polygon(const int32_t* v, int64_t m, int64_t rows, int64_t columns, int32_t* turns, uint8_t* out) {
-  int64_t low = rows * formulas::subpixels, high = -1;
-  for (int64_t i = 0; i < m; ++i) {
-    low = smaller(low, v[2 * i]);
-    high = larger(high, v[2 * i]);
-  }
-  const int64_t last = smaller(formulas::floor_div(high, formulas::subpixels), rows - 1);
-  for (int64_t y = larger(-formulas::floor_div(-low, formulas::subpixels), 0); y <= last; ++y) {
+  int64_t low[2] = {INT64_MAX, INT64_MAX}, high[2] = {INT64_MIN, INT64_MIN};  // in pixels
+  for (int64_t i = 0; i < m; ++i)
+    for (int k = 0; k < 2; ++k) {
+      low[k] = smaller(low[k], formulas::floor_div(v[2 * i + k], formulas::subpixels));
+      high[k] = larger(high[k], formulas::floor_div(v[2 * i + k], formulas::subpixels) + 1);
+    }
+  const int64_t left = larger(low[1], 0), right = smaller(high[1] + 1, columns);
+  if (left >= right) return;
+  for (int64_t y = larger(low[0], 0); y <= smaller(high[0], rows - 1); ++y) {
     uint8_t* row = out + y * columns;
-    memset(turns, 0, static_cast<size_t>(columns) * sizeof(int32_t));
+    memset(turns + left, 0, static_cast<size_t>(right - left) * sizeof(int32_t));
     for (int64_t i = 0; i < m; ++i) {
       const Crossing c = formulas::crossing(v + 2 * i, v + 2 * (i + 1 < m ? i + 1 : 0), y);
       for (int64_t x = larger(c.on, 0); x < smaller(c.on_end, columns); ++x) row[x] = 1;
-      if (c.turns && c.first < columns) turns[larger(c.first, 0)] += c.turns;
+      if (c.turns && c.first < right) turns[larger(c.first, left)] += c.turns;
     }
     int32_t sum = 0;
-    for (int64_t x = 0; x < columns; ++x) {
+    for (int64_t x = left; x < right; ++x) {
       sum += turns[x];
       row[x] |= sum != 0;
     }
@@ -113,17 +141,30 @@ void fill_polygon(const int32_t* v, int64_t m, int64_t rows, int64_t columns, in
 
 // ---- deformation -----------------------------------------------------------------------------------
 
+// Samples `count` places; fills what lies outside.
 struct Nearest {
-  template <class T>
-  static void put(const Deformation& d, const T* image, const double p[3], const T& fill, double, T& out) {
-    const int64_t at = formulas::nearest_voxel(d, p);
-    out = at < 0 ? fill : image[at];
+  template <class T, int block>
+  static void put(const Deformation& d, const T* image, const double (&p)[3][block], int count, const T& fill,
+                  double, T* out) {
+    double at[block];  // formulas::nearest_voxel in doubles, which are vectorised
+    const double n0 = static_cast<double>(d.n[0]), n1 = static_cast<double>(d.n[1]),
+                 n2 = static_cast<double>(d.n[2]);
+    for (int j = 0; j < count; ++j) {
+      const double a = floor(p[0][j] + 0.5), b = floor(p[1][j] + 0.5), c = floor(p[2][j] + 0.5);
+      const bool inside = (a >= 0) & (a < n0) & (b >= 0) & (b < n1) & (c >= 0) & (c < n2);
+      at[j] = inside ? (a * n1 + b) * n2 + c : -1;
+    }
+    for (int j = 0; j < count; ++j) out[j] = at[j] < 0 ? fill : image[static_cast<int64_t>(at[j])];
   }
 };
 struct Linear {
-  template <class T>
-  static void put(const Deformation& d, const T* image, const double p[3], const T&, double fill, T& out) {
-    out = static_cast<T>(formulas::linear_value(d, image, p, fill));
+  template <class T, int block>
+  static void put(const Deformation& d, const T* image, const double (&at)[3][block], int count, const T&,
+                  double fill, T* out) {
+    for (int j = 0; j < count; ++j) {
+      const double p[3] = {at[0][j], at[1][j], at[2][j]};
+      out[j] = static_cast<T>(formulas::linear_value(d, image, p, fill));
+    }
   }
 };
 
@@ -137,7 +178,7 @@ void deform_rows(const Deformation& d, const T* image, T fill, double fill_value
   const int64_t cells = int64_t{d.points[0]} * d.points[1] * points;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < d.items * rows; ++r) {
-    constexpr int64_t block = 128;
+    constexpr int block = 128;
     const int64_t item = r / rows, z = r % rows / d.n[1], y = r % d.n[1];
     const double* grid = d.coefficients + item * 3 * cells;
     const double* affine = d.affine + item * 12;
@@ -153,26 +194,29 @@ void deform_rows(const Deformation& d, const T* image, T fill, double fill_value
       int64_t end = smaller(x + block, d.n[2]);
       if (points > 1)  // no further than this interval
         while (end - 1 > x && formulas::interval(d, 2, end - 1, &place) > i) --end;
+      // Counters of 32 bits: AVX2 converts no others to double.
+      const int count = static_cast<int>(end - x);
+      const double first = static_cast<double>(x);
+      double w[4][block];
+      for (int j = 0; j < count && points > 1; ++j) {
+        double of_j[4];
+        formulas::spline_weights((first + j) * d.scale[2] + -static_cast<double>(i), of_j);
+        for (int t = 0; t < 4; ++t) w[t][j] = of_j[t];
+      }
       for (int k = 0; k < 3; ++k) {
         if (points == 1) {
-          for (int64_t j = x; j < end; ++j)
-            at[k][j - x] = base[k] + slope[k] * static_cast<double>(j) + columns[k][0];
+          for (int j = 0; j < count; ++j) at[k][j] = base[k] + slope[k] * (first + j) + columns[k][0];
           continue;
         }
         double c[4];
         for (int t = 0; t < 4; ++t) c[t] = columns[k][formulas::mirrored(i - 1 + t, points)];
-        for (int64_t j = x; j < end; ++j) {
-          double w[4];
-          formulas::spline_weights(static_cast<double>(j) * d.scale[2] + -static_cast<double>(i), w);
-          const double u = ((w[0] * c[0] + w[1] * c[1]) + w[2] * c[2]) + w[3] * c[3];
-          at[k][j - x] = base[k] + slope[k] * static_cast<double>(j) + u;
+        for (int j = 0; j < count; ++j) {
+          const double u = ((w[0][j] * c[0] + w[1][j] * c[1]) + w[2][j] * c[2]) + w[3][j] * c[3];
+          at[k][j] = base[k] + slope[k] * (first + j) + u;
         }
       }
-      T* to = out + item * size + r % rows * d.n[2];
-      for (int64_t j = x; j < end; ++j) {
-        const double p[3] = {at[0][j - x], at[1][j - x], at[2][j - x]};
-        Sampling::put(d, image + item * size, p, fill, fill_value, to[j]);
-      }
+      Sampling::template put<T, block>(d, image + item * size, at, count, fill, fill_value,
+                                       out + item * size + r % rows * d.n[2] + x);
       x = end;
     }
   }
@@ -194,11 +238,20 @@ void uniforms(const Array& keys, int stream, const Array& out, const Exec& exec)
   const int64_t* key = static_cast<const int64_t*>(keys.data);
   float* to = static_cast<float*>(out.data);
   const int threads = threads_for(exec, items * n);
+  constexpr int64_t part = 1024;
+  const int64_t parts = (blocks + part - 1) / part;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < items * blocks; ++i) {
-    const formulas::Words words = formulas::random_words(key[i / blocks], stream, i % blocks);
-    for (int64_t k = 0; k < 4 && i % blocks * 4 + k < n; ++k)
-      to[i / blocks * n + i % blocks * 4 + k] = formulas::uniform(words.x[k]);
+  for (int64_t i = 0; i < items * parts; ++i) {
+    const int64_t item = i / parts, begin = i % parts * part, end = smaller(begin + part, blocks);
+    float* row = to + item * n;
+    for (int64_t block = begin; block < smaller(end, n / 4); ++block) {
+      const formulas::Words words = formulas::random_words(key[item], stream, block);
+      for (int k = 0; k < 4; ++k) row[4 * block + k] = formulas::uniform(words.x[k]);
+    }
+    if (end == blocks && n % 4) {
+      const formulas::Words words = formulas::random_words(key[item], stream, blocks - 1);
+      for (int64_t k = 0; k < n % 4; ++k) row[4 * (blocks - 1) + k] = formulas::uniform(words.x[k]);
+    }
   }
 }
 

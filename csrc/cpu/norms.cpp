@@ -1,10 +1,10 @@
 // Normalisation and activation on the CPU. A group's statistics come from chunks of its pixels, each of which
 // sums the deviations from its own mean; the chunks' size and the order in which they are joined are fixed.
 //
-// Where there are groups enough for the threads, a thread takes a group through all its passes, the later ones
-// backwards, so that they begin in the cache. Bytes per pixel from and to memory then, fp32, with a direction:
-// 8 read for the statistics, 8 read (mostly from the caches) and 8 written; without one half of that. Backward: 8
-// read, 8 read (mostly from the caches), 4 written.
+// Where there are groups enough for the threads, a thread takes a group through all its passes, the later
+// ones backwards, so that they begin in the cache. Bytes per pixel from and to memory then, fp32, with a
+// direction: 8 read for the statistics, 8 read (mostly from the caches) and 8 written; without one half of
+// that. Backward: 8 read, 8 read (mostly from the caches), 4 written.
 #include "noisyseg/norms.h"
 
 #include "cpu/planes.h"
@@ -13,9 +13,9 @@
 namespace noisyseg::NOISYSEG_ISA {
 namespace {
 
-constexpr int64_t tile_values = 4096;    // of channels_last arrays: pixels times channels
-constexpr int64_t tile_channels = 256;   // at most
-constexpr int64_t row_pixels = 1024;     // of channels-first arrays: one channel
+constexpr int64_t tile_values = 4096;   // of channels_last arrays: pixels times channels
+constexpr int64_t tile_channels = 256;  // at most
+constexpr int64_t row_pixels = 1024;    // of channels-first arrays: one channel
 
 // Pixels of a chunk, and chunks of an image.
 int64_t chunk_of(const NormShape& s) {
@@ -34,8 +34,8 @@ int64_t chunks_of(const NormShape& s) { return (s.pixels + chunk_of(s) - 1) / ch
     default: CASE(float) break;             \
   }
 
-// A tile of `wide` channels of `rows` pixels, step apart: in place if it is T, otherwise converted into `buffer`.
-// Channels first: one row, whose `wide` values are pixels.
+// A tile of `wide` channels of `rows` pixels, step apart: in place if it is T, otherwise converted into
+// `buffer`. Channels first: one row, whose `wide` values are pixels.
 template <class T>
 struct Tile {
   const T* data;
@@ -49,8 +49,9 @@ Tile<T> fetch(const Array& a, int64_t offset, int64_t step, int64_t rows, int64_
   }
   if (a.dtype == dtype_of<T>()) return {static_cast<const T*>(a.data) + offset, step};
   for (int64_t r = 0; r < rows; ++r) {
-#define CASE(From) \
-  load_row<T, From>(static_cast<const char*>(a.data), offset + r * step, 1, static_cast<int>(wide), buffer + r * wide);
+#define CASE(From)                                                                                  \
+  load_row<T, From>(static_cast<const char*>(a.data), offset + r * step, 1, static_cast<int>(wide), \
+                    buffer + r * wide);
     FLOAT_CASES(a.dtype, CASE)
 #undef CASE
   }
@@ -71,8 +72,9 @@ template <class T>
 void deliver(const Array& a, int64_t offset, int64_t step, int64_t rows, int64_t wide, const T* buffer) {
   if (!a || a.dtype == dtype_of<T>()) return;
   for (int64_t r = 0; r < rows; ++r) {
-#define CASE(To) \
-  store_row<T, To>(static_cast<char*>(a.data), offset + r * step, 1, static_cast<int>(wide), buffer + r * wide);
+#define CASE(To)                                                                             \
+  store_row<T, To>(static_cast<char*>(a.data), offset + r * step, 1, static_cast<int>(wide), \
+                   buffer + r * wide);
     FLOAT_CASES(a.dtype, CASE)
 #undef CASE
   }
@@ -83,9 +85,12 @@ constexpr int sum_lanes_of = 128 / sizeof(T);
 
 template <class T>
 double total_of(const T* x) {
-  double total = 0;
-  for (int l = 0; l < sum_lanes_of<T>; ++l) total += static_cast<double>(x[l]);
-  return total;
+  double half[sum_lanes_of<T> / 2];
+  for (int l = 0; l < sum_lanes_of<T> / 2; ++l)
+    half[l] = static_cast<double>(x[l]) + static_cast<double>(x[l + sum_lanes_of<T> / 2]);
+  for (int width = sum_lanes_of<T> / 4; width > 0; width /= 2)
+    for (int l = 0; l < width; ++l) half[l] += half[l + width];
+  return half[0];
 }
 
 // ---- one channel's row of n pixels ----------------------------------------------------------------
@@ -93,6 +98,16 @@ double total_of(const T* x) {
 template <class T, bool dual>
 NormMoments row_moments(const T* x, const T* x_dot, int64_t n) {
   constexpr int L = sum_lanes_of<T>;
+  if (n < L) {  // small images: the lanes' sums would take longer than the pixels
+    double s = 0, d = 0, dd = 0, t = 0, dt = 0;
+    for (int64_t i = 0; i < n; ++i) s += static_cast<double>(x[i]);
+    const double shift = s / static_cast<double>(n);
+    for (int64_t i = 0; i < n; ++i) {
+      const double v = static_cast<double>(x[i]) - shift, w = dual ? static_cast<double>(x_dot[i]) : 0;
+      d += v, dd += v * v, t += w, dt += v * w;
+    }
+    return moments_from(static_cast<double>(n), shift, d, dd, t, dt);
+  }
   T s[L] = {}, t[L] = {};
   int64_t i = 0;
   for (; i + L <= n; i += L) {
@@ -137,7 +152,8 @@ void row_apply(const T* x, const T* x_dot, int64_t n, const NormCoefficients<T>&
   for (int64_t i = 0; i < n; ++i) {
     const T d = x[i] - mean, v = scale * d + shift;
     if (dual) {
-      const T w = scale * (x_dot[i] - mean_dot) + (bend * d + shift_dot), negative = slope * w + slope_dot * v;
+      const T w = scale * (x_dot[i] - mean_dot) + (bend * d + shift_dot),
+              negative = slope * w + slope_dot * v;
       y_dot[i] = v > T(0) ? w : (is_relu ? slope_dot * v : negative);
     }
     y[i] = is_relu ? relu(v) : activate(v, slope);
@@ -146,8 +162,19 @@ void row_apply(const T* x, const T* x_dot, int64_t n, const NormCoefficients<T>&
 
 template <class T>
 void row_sums(const T* x, const T* grad_y, int64_t n, const NormCoefficients<T>& k, double* sums) {
-  constexpr int L = sum_lanes_of<T> / 2;
-  T a[2 * L] = {}, b[2 * L] = {}, e[2 * L] = {};
+  constexpr int L = sum_lanes_of<T>;
+  if (n < L) {
+    double a = 0, b = 0, e = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const T d = x[i] - k.mean, v = k.scale * d + k.shift;
+      const double h = static_cast<double>(v > T(0) ? grad_y[i] : k.slope * grad_y[i]);
+      a += h, b += h * static_cast<double>(d);
+      e += v > T(0) ? 0.0 : static_cast<double>(grad_y[i]) * static_cast<double>(v);
+    }
+    sums[0] = a, sums[1] = b, sums[2] = e;
+    return;
+  }
+  T a[L] = {}, b[L] = {}, e[L] = {};
   const T mean = k.mean, scale = k.scale, shift = k.shift, slope = k.slope;
   const auto add = [&](T from, T g, int l) {
     const T d = from - mean, v = scale * d + shift, h = v > T(0) ? g : slope * g;
@@ -226,7 +253,9 @@ struct Norm {
     coefficients = reinterpret_cast<T*>(partial + s.batch * s.channels * chunks * 4);
   }
 
-  double* part(int64_t b, int64_t c, int64_t k) const { return partial + ((b * s.channels + c) * chunks + k) * 4; }
+  double* part(int64_t b, int64_t c, int64_t k) const {
+    return partial + ((b * s.channels + c) * chunks + k) * 4;
+  }
   int64_t pixels_in(int64_t k) const {
     const int64_t left = s.pixels - k * chunk;
     return left < chunk ? left : chunk;
@@ -262,8 +291,8 @@ struct Norm {
       for (int64_t c = first_c + s.per_group() - 1; c >= first_c; --c) f(b, c);
   }
 
-  // pass1(b, c, k) over channels-first rows or channels_last tiles (c = -1), finish(u) of each group, pass2. The
-  // second pass goes backwards.
+  // pass1(b, c, k) over channels-first rows or channels_last tiles (c = -1), finish(u) of each group, pass2.
+  // The second pass goes backwards.
   template <class Pass1, class Finish, class Pass2>
   void run(const Exec& exec, const Pass1& pass1, const Finish& finish, const Pass2& pass2) const {
     const int threads = threads_for(exec, s.batch * s.channels * s.pixels);
@@ -299,9 +328,8 @@ struct Norm {
     const int64_t n = pixels_in(k), at = s.offset(b, c, k * chunk);
     const T* x = fetch<T>(in.x, at, 0, 1, n, space[0]).data;
     double* to = part(b, c, k);
-    const NormMoments m =
-        dual ? row_moments<T, true>(x, fetch<T>(in.x_dot, at, 0, 1, n, space[1]).data, n)
-             : row_moments<T, false>(x, nullptr, n);
+    const NormMoments m = dual ? row_moments<T, true>(x, fetch<T>(in.x_dot, at, 0, 1, n, space[1]).data, n)
+                               : row_moments<T, false>(x, nullptr, n);
     to[0] = m.mean, to[1] = m.squares, to[2] = m.sum_dot, to[3] = m.product;
   }
   void tile_statistics(int64_t b, int64_t k) const {
@@ -507,7 +535,8 @@ struct Norm {
     const double* of = stats + u * norm_stats;
     double a = 0, ax = 0;
     members(u, [&](int64_t b, int64_t c) {
-      const double weight = value_at(p.weight, c, 1), off = static_cast<double>(static_cast<T>(of[0])) - of[0];
+      const double weight = value_at(p.weight, c, 1),
+                   off = static_cast<double>(static_cast<T>(of[0])) - of[0];
       for (int64_t k = 0; k < chunks; ++k) {
         double* sums = part(b, c, k);
         sums[1] += off * sums[0];

@@ -1,11 +1,10 @@
-// Label fusion on CUDA, without waiting for the device: patterns of votes are counted in one pass over the image
-// (integer atomics, so in any order), EM runs on the counts in one block for each image, a last pass looks
-// the results up. Bytes per pixel for M uint8 masks and a float posterior: M read and 1 written, then 1 read
-// and 4 written (and once more 1 and 1 for the labels), whatever the number of iterations.
-#include "formulas/labels.h"
-
+// Label fusion on CUDA, without waiting for the device: patterns of votes are counted in one pass over the
+// image (integer atomics, so in any order), EM runs on the counts in one block for each image, a last pass
+// looks the results up. Bytes per pixel for M uint8 masks and a float posterior: M read and 1 written, then 1
+// read and 4 written (and once more 1 and 1 for the labels), whatever the number of iterations.
 #include "cuda/launch.h"
 #include "formulas/dtype.h"
+#include "formulas/labels.h"
 #include "layout.h"
 
 namespace noisyseg::cuda {
@@ -103,7 +102,8 @@ __global__ void __launch_bounds__(threads, 2) clear_counts(u64* counts, int64_t 
 }
 
 // A thread per pixel; a block counts in shared memory where the table fits. In most warps all pixels have one
-// pattern: those equal to the first lane's are counted in one addition. Reads M B, writes 1 (or 4) B per pixel.
+// pattern: those equal to the first lane's are counted in one addition. Reads M B, writes 1 (or 4) B per
+// pixel.
 template <class T, class Index>
 __global__ void __launch_bounds__(threads, 2) count_votes(Votes v, Index* index, int64_t slots, u64* counts) {
   NOISYSEG_SHARED(unsigned, table);
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(threads, 2) write_codes(Votes v, int64_t* code
 
 // One item's memory: the patterns that occur.
 struct Em {
-  double *weights, *count;  // (slots, classes), (slots)
+  double *weights, *count;   // (slots, classes), (slots)
   double *theta, *expected;  // (M, classes, classes)
   double* prior;             // (classes)
   int32_t* slot;             // (slots)
@@ -197,12 +197,13 @@ struct EmResults {
   int64_t channels;
 };
 
-// A block for each image, all iterations in it. E-step: a thread per pattern. M-step: a warp for each entry of
-// the raters' tables, its lanes along the patterns, so that the order of the sums is fixed. Everything is a few
-// kilobytes that stay in L1 and L2. Warfield et al., IEEE TMI 23(7), 2004.
+// A block for each image, all iterations in it. E-step: a thread per pattern. M-step: a warp for each entry
+// of the raters' tables, its lanes along the patterns, so that the order of the sums is fixed. Everything is
+// a few kilobytes that stay in L1 and L2. Warfield et al., IEEE TMI 23(7), 2004.
 __global__ void __launch_bounds__(em_threads, 1)
     fit_staple(const int64_t* keys, const int64_t* counts, int64_t slots, int raters, VoteRules rules,
-               StapleOptions options, const double* prior, int64_t prior_step, char* workspace, EmResults to) {
+               StapleOptions options, const double* prior, int64_t prior_step, char* workspace,
+               EmResults to) {
   constexpr int warps = em_threads / 32;
   __shared__ int in_warp[warps];
   const int classes = rules.classes, square = classes * classes;
@@ -266,7 +267,8 @@ __global__ void __launch_bounds__(em_threads, 1)
     __syncthreads();
     bool moved = iteration == 0;
     for (int j = static_cast<int>(threadIdx.x); j < raters * square; j += em_threads) {
-      const double share = share_of(em.expected + j / classes * classes, classes, j / classes % classes, j % classes);
+      const double share =
+          share_of(em.expected + j / classes * classes, classes, j / classes % classes, j % classes);
       if (iteration > 0 && fabs(share - em.theta[j]) > options.tol) moved = true;
       em.theta[j] = share;
     }
@@ -300,8 +302,8 @@ __global__ void __launch_bounds__(em_threads, 1)
   }
 }
 
-// What the table holds for each pixel's slot. Reads 1 (or 4) B, writes the result's bytes per pixel; the table
-// stays in L1.
+// What the table holds for each pixel's slot. Reads 1 (or 4) B, writes the result's bytes per pixel; the
+// table stays in L1.
 template <class Index, class Value, class Out>
 __global__ void __launch_bounds__(threads, 2)
     spread_values(const Index* index, int64_t batch, int64_t pixels, const Value* table, int64_t slots,
@@ -336,8 +338,7 @@ __global__ void __launch_bounds__(threads, 2)
          q += static_cast<int64_t>(gridDim.x) * threads) {
       const int64_t code = code_at<T, int64_t>(v, b, q);
       out[b * pixels + q] =
-          table ? table[code]
-                : static_cast<T>(plurality(code, v.layout.channels, v.rules, tie, tie_value));
+          table ? table[code] : static_cast<T>(plurality(code, v.layout.channels, v.rules, tie, tie_value));
     }
 }
 
@@ -391,15 +392,15 @@ void spread_all(const Array& index, const Array& values, const Array& out, const
   if (values) {
     const double* table = static_cast<const double*>(values.data);
     if (out.dtype == DType::f32)
-      NOISYSEG_LAUNCH((spread_values<Index, double, float>), grid, threads, 0, exec, from, batch, pixels, table,
-                      values.shape[1], values.shape[2], static_cast<float*>(out.data));
+      NOISYSEG_LAUNCH((spread_values<Index, double, float>), grid, threads, 0, exec, from, batch, pixels,
+                      table, values.shape[1], values.shape[2], static_cast<float*>(out.data));
     else
       NOISYSEG_LAUNCH((spread_values<Index, double, double>), grid, threads, 0, exec, from, batch, pixels,
                       table, values.shape[1], values.shape[2], static_cast<double*>(out.data));
   }
   if (!labels) return;
   const int64_t* table = static_cast<const int64_t*>(labels.data);
-#define CASE(T)                                                                                             \
+#define CASE(T)                                                                                           \
   NOISYSEG_LAUNCH((spread_values<Index, int64_t, T>), grid, threads, 0, exec, from, batch, pixels, table, \
                   labels.shape[1], int64_t{1}, static_cast<T*>(labels_out.data));
   NOISYSEG_LABEL_CASES(labels_out.dtype, CASE)
@@ -421,12 +422,12 @@ bool vote_patterns(const Array& annotations, const Array& extra, const Array& pr
   NOISYSEG_LAUNCH((clear_counts), grid_of(1, counts.size()), threads, 0, exec, count, counts.size());
   const dim3 grid = grid_of(v.layout.batch, pixels);
   const size_t shared = slots <= most_shared ? static_cast<size_t>(slots) * 4 : 0;
-#define CASE(T)                                                                                        \
-  if (index.dtype == DType::u8)                                                                        \
-    NOISYSEG_LAUNCH((count_votes<T, uint8_t>), grid, threads, shared, exec, v,                         \
-                    static_cast<uint8_t*>(index.data), slots, count);                                  \
-  else                                                                                                 \
-    NOISYSEG_LAUNCH((count_votes<T, int32_t>), grid, threads, shared, exec, v,                         \
+#define CASE(T)                                                                \
+  if (index.dtype == DType::u8)                                                \
+    NOISYSEG_LAUNCH((count_votes<T, uint8_t>), grid, threads, shared, exec, v, \
+                    static_cast<uint8_t*>(index.data), slots, count);          \
+  else                                                                         \
+    NOISYSEG_LAUNCH((count_votes<T, int32_t>), grid, threads, shared, exec, v, \
                     static_cast<int32_t*>(index.data), slots, count);
   NOISYSEG_LABEL_CASES(annotations.dtype, CASE)
 #undef CASE
@@ -437,7 +438,7 @@ void vote_codes(const Array& annotations, const Array& extra, const Array& prese
                 const VoteOptions& options, const Array& codes, const Exec& exec) {
   const DeviceGuard guard(exec.device);
   const Votes v = votes_of(annotations, extra, present, options);
-#define CASE(T)                                                                                \
+#define CASE(T)                                                                                      \
   NOISYSEG_LAUNCH((write_codes<T>), grid_of(v.layout.batch, v.layout.pixels()), threads, 0, exec, v, \
                   static_cast<int64_t*>(codes.data));
   NOISYSEG_LABEL_CASES(annotations.dtype, CASE)
@@ -450,12 +451,15 @@ size_t staple_workspace(int64_t batch, int64_t slots, int64_t raters, int classe
 
 void staple(const Array& keys, const Array& counts, int64_t raters, const VoteOptions& options,
             const StapleOptions& em, const Array& prior, const Array& values, const Array& labels,
-            const Array& performance, const Array& sensitivity, const Array& specificity,
-            const Array& status, void* workspace, const Exec& exec) {
+            const Array& performance, const Array& sensitivity, const Array& specificity, const Array& status,
+            void* workspace, const Exec& exec) {
   const DeviceGuard guard(exec.device);
-  const EmResults to = {static_cast<double*>(values.data),      static_cast<double*>(performance.data),
-                        static_cast<double*>(sensitivity.data), static_cast<double*>(specificity.data),
-                        static_cast<int64_t*>(labels.data),     static_cast<int32_t*>(status.data),
+  const EmResults to = {static_cast<double*>(values.data),
+                        static_cast<double*>(performance.data),
+                        static_cast<double*>(sensitivity.data),
+                        static_cast<double*>(specificity.data),
+                        static_cast<int64_t*>(labels.data),
+                        static_cast<int32_t*>(status.data),
                         values.shape[2]};
   NOISYSEG_LAUNCH((fit_staple), dim3(static_cast<unsigned>(counts.shape[0])), em_threads, 0, exec,
                   static_cast<const int64_t*>(keys.data), static_cast<const int64_t*>(counts.data),
@@ -479,15 +483,15 @@ void majority_vote(const Array& annotations, const Array& present, const VoteOpt
                    int64_t tie_value, int64_t slots, const Array& out, void* workspace, const Exec& exec) {
   const DeviceGuard guard(exec.device);
   const Votes v = votes_of(annotations, {}, present, options);
-#define CASE(T)                                                                                          \
-  {                                                                                                      \
-    T* const table = slots ? static_cast<T*>(workspace) : nullptr;                                       \
-    if (slots)                                                                                           \
-      NOISYSEG_LAUNCH((vote_on_patterns<T>), dim3(static_cast<unsigned>((slots + threads - 1) / threads)), \
+#define CASE(T)                                                                                              \
+  {                                                                                                          \
+    T* const table = slots ? static_cast<T*>(workspace) : nullptr;                                           \
+    if (slots)                                                                                               \
+      NOISYSEG_LAUNCH((vote_on_patterns<T>), dim3(static_cast<unsigned>((slots + threads - 1) / threads)),   \
                       threads, 0, exec, slots, static_cast<int>(v.layout.channels), v.rules, tie, tie_value, \
-                      table);                                                                            \
-    NOISYSEG_LAUNCH((vote_on_pixels<T>), grid_of(v.layout.batch, v.layout.pixels()), threads, 0, exec, v,  \
-                    tie, tie_value, static_cast<const T*>(table), static_cast<T*>(out.data));            \
+                      table);                                                                                \
+    NOISYSEG_LAUNCH((vote_on_pixels<T>), grid_of(v.layout.batch, v.layout.pixels()), threads, 0, exec, v,    \
+                    tie, tie_value, static_cast<const T*>(table), static_cast<T*>(out.data));                \
   }
   NOISYSEG_LABEL_CASES(annotations.dtype, CASE)
 #undef CASE
@@ -500,7 +504,7 @@ void soft_average(const Array& annotations, const Array& present, const Array& w
   const int64_t channels = options.binary ? 1 : options.classes;
   const dim3 grid = grid_of(v.layout.batch * channels, v.layout.pixels());
 #define CASE(T)                                                                                   \
-  NOISYSEG_LAUNCH((average_votes<T>), grid, threads, 0, exec, v, annotations.dtype >= DType::f16,    \
+  NOISYSEG_LAUNCH((average_votes<T>), grid, threads, 0, exec, v, annotations.dtype >= DType::f16, \
                   static_cast<const double*>(weights.data), weights ? weights.strides[0] : 0,     \
                   weights ? weights.strides[1] : 0, channels, out);
   NOISYSEG_DTYPE_CASES(annotations.dtype, CASE)

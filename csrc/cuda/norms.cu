@@ -1,17 +1,22 @@
-// Normalisation and activation on CUDA. A block takes a tile of 8 pixels (4 in double) a thread: of one channel, of
-// eight channels with small images, or of 32 neighbouring channels where the channels are last, so that loads are
-// coalesced. It keeps its pixels in registers, sums the deviations from their own mean, and leaves four sums for each
-// channel, which one block for each group joins in a fixed order around the group's mean.
+// Normalisation and activation on CUDA. A block takes a tile of 8 pixels (4 in double) a thread: of one
+// channel, of eight channels with small images, or of 32 neighbouring channels where the channels are last,
+// so that loads are coalesced. It keeps its pixels in registers, sums the deviations from their own mean, and
+// leaves four sums for each channel, which one block for each group joins in a fixed order around the group's
+// mean.
 //
-// Bytes per pixel, fp32, with a direction: statistics 8 read, results 8 read and 8 written; without one half of that.
-// Backward: 8 read for the sums, 8 read and 4 written for the gradient. fp16 and bf16: half of all.
-#include "cuda/planes.cuh"
+// Bytes per pixel, fp32, with a direction: statistics 8 read, results 8 read and 8 written; without one half
+// of that. Backward: 8 read for the sums, 8 read and 4 written for the gradient. fp16 and bf16: half of all.
+#include "cuda/launch.h"
 #include "formulas/norms.h"
 #include "noisyseg/norms.h"
 
 namespace noisyseg::cuda {
 namespace {
 
+using namespace formulas;
+
+constexpr int block_threads = 256;
+constexpr int block_warps = block_threads / 32;
 template <class T>
 constexpr int values_per_thread = sizeof(T) == 4 ? 8 : 4;
 
@@ -116,6 +121,12 @@ __device__ inline Run run_of(const NormShape& s, const Tiling& t, const Place& a
   const int64_t valid = left <= 0 || !at.inside ? 0 : (left + t.lanes - 1) / t.lanes;
   return {s.offset(at.b, at.c, at.q), s.last ? t.lanes * s.channels : t.lanes,
           static_cast<int>(valid < n ? valid : n)};
+}
+
+__device__ inline double sum_of_warp(double x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
 }
 
 // The sums over all threads of a channel, in all of them.
@@ -377,8 +388,8 @@ void forward(const NormInputs& in, const NormOptions& o, const Array& y, const A
     NOISYSEG_LAUNCH((norm_apply<T, true>), blocks, block_threads, 0, exec, s, t, x, x_dot, p, of, view_of(y),
                     view_of(y_dot));
   else
-    NOISYSEG_LAUNCH((norm_apply<T, false>), blocks, block_threads, 0, exec, s, t, x, x_dot, p, of,
-                    view_of(y), view_of(y_dot));
+    NOISYSEG_LAUNCH((norm_apply<T, false>), blocks, block_threads, 0, exec, s, t, x, x_dot, p, of, view_of(y),
+                    view_of(y_dot));
 }
 
 template <class T>

@@ -79,8 +79,13 @@ struct NormParameters {
   double constant_slope = 1;
 };
 static inline NormParameters norm_parameters(const NormInputs& in, const NormOptions& o) {
-  return {norm_vector(in.weight), norm_vector(in.weight_dot), norm_vector(in.bias), norm_vector(in.bias_dot),
-          norm_vector(in.slope),  norm_vector(in.slope_dot),  o.slope};
+  return {norm_vector(in.weight),
+          norm_vector(in.weight_dot),
+          norm_vector(in.bias),
+          norm_vector(in.bias_dot),
+          norm_vector(in.slope),
+          norm_vector(in.slope_dot),
+          o.slope};
 }
 
 // The moments of n pixels: mean, sum of squared deviations, and with a direction t its sum and the sum of
@@ -145,8 +150,8 @@ NOISYSEG_FORMULA T relu(T v) {
   return v < T(0) ? T(0) : v;
 }
 
-// Gradient with respect to x: scale g - constant - linear (x - mean), g the one before the activation; from the
-// sums over the group of weight g and of weight g (x - mean), with the mean as T has it.
+// Gradient with respect to x: scale g - constant - linear (x - mean), g the one before the activation; from
+// the sums over the group of weight g and of weight g (x - mean), with the mean as T has it.
 template <class T>
 struct NormGradient {
   T mean, scale, shift, slope, constant, linear;

@@ -16,9 +16,8 @@ void bind_labels(py::module_& m) {
   const auto options_of = [](const Options& o) {
     return VoteOptions{std::get<0>(o), std::get<1>(o), std::get<2>(o), std::get<3>(o), std::get<4>(o)};
   };
-  m.def("vote_patterns_workspace", [](int64_t slots, const Exec& exec) {
-    return NOISYSEG_CALL(vote_patterns_workspace, slots, exec);
-  });
+  m.def("vote_patterns_workspace",
+        [](int64_t slots, const Exec& exec) { return NOISYSEG_CALL(vote_patterns_workspace, slots, exec); });
   m.def(
       "vote_patterns",
       [=](const Array& annotations, const Array& extra, const Array& present, const Options& options,
@@ -35,10 +34,9 @@ void bind_labels(py::module_& m) {
         NOISYSEG_CALL(vote_codes, annotations, extra, present, options_of(options), codes, exec);
       },
       release_gil());
-  m.def("staple_workspace",
-        [](int64_t batch, int64_t slots, int64_t raters, int classes, const Exec& exec) {
-          return NOISYSEG_CALL(staple_workspace, batch, slots, raters, classes, exec);
-        });
+  m.def("staple_workspace", [](int64_t batch, int64_t slots, int64_t raters, int classes, const Exec& exec) {
+    return NOISYSEG_CALL(staple_workspace, batch, slots, raters, classes, exec);
+  });
   m.def(
       "staple",
       [=](const Array& keys, const Array& counts, int64_t raters, const Options& options, int64_t max_iter,
@@ -52,9 +50,8 @@ void bind_labels(py::module_& m) {
   m.def(
       "spread",
       [](const Array& index, const Array& values, const Array& out, const Array& labels,
-         const Array& labels_out, const Exec& exec) {
-        NOISYSEG_CALL(spread, index, values, out, labels, labels_out, exec);
-      },
+         const Array& labels_out,
+         const Exec& exec) { NOISYSEG_CALL(spread, index, values, out, labels, labels_out, exec); },
       release_gil());
   m.def("majority_vote_workspace", [](int64_t slots, const Exec& exec) {
     (void)exec;  // both need the same

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,10 @@ def plan(
     if not paths:
         raise DataError(f"{folder}: holds no masks (.nii.gz, .nii, .png)")
     parts, chances = _noises(noises, options)
+    for part in parts:
+        for option, default in noise.options_of(part.name).items():
+            if default is inspect.Parameter.empty and option not in part.options and target_dice is None:
+                raise ValueError(f"{part.name} needs its {option}: --set {option}=..., or --target-dice")
     if mm and not any(part.name in SPACED for part in parts):
         raise ValueError(f"--mm needs one of {', '.join(SPACED)}")
     masks = []
@@ -71,6 +76,9 @@ def plan(
             raise DataError(f"{path}: a PNG has no spacing; leave --mm out")
         if target_dice is not None:
             masks.append(mask != 0)
+        elif path == paths[0]:  # the options' values, before anything is written
+            for part in parts:
+                part(np.zeros((1, *(4,) * mask.ndim), bool), seed=0, spatial_dims=mask.ndim)
     # A file's own stream: by its name, so that files may come and go without changing the others.
     seeds = [(seed << 32) + zlib.crc32(path.name.encode()) for path in paths]
     record: dict[str, Any] = {

@@ -858,7 +858,7 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
         if self.raters:
             item["raters"] = torch.from_numpy(moved[1:])
         if self.meta:
-            item["meta"] = self._meta_item(number)
+            item["meta"] = self.meta_item(number)
         if self.unlabelled:
             _, case, generator = self._companion(self.unlabelled, 4, number)
             image = self.store.get(case).image
@@ -877,7 +877,8 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
         parts = (torch.from_numpy(np.ascontiguousarray(a)) for a in (image, *labels))
         return {**dict(zip(("image", "label", "clean"), parts, strict=True)), "index": index}
 
-    def _meta_item(self, number: int) -> dict[str, Any]:
+    def meta_item(self, number: int) -> dict[str, Any]:
+        """The clean case that an item brings along: image, label and index, its place in the meta set."""
         index, case, generator = self._companion(self.meta, 3, number)
         loaded = self.store.get(case)
         image, labels = self._view(loaded.image, loaded.target[None], generator)

@@ -7,7 +7,7 @@ A run's folder holds
     metrics.csv       one row for each epoch
     tensorboard/      the same
     last.pt best.pt   the state after the last epoch, and the weights with the best validation Dice
-    test.csv summary.json report.html      written at the end, of best.pt
+    test.csv summary.json report.html      written at the end, of best.pt (or last.pt)
 
 Checkpoint formats and the loop know nothing of any method.
 """
@@ -33,6 +33,7 @@ from . import evaluate, methods, networks
 from .data import Array, Case, Data, Store, TrainingSet, check, open_data, patch_size
 from .evaluate import Summary
 from .files import write_csv, write_json, written
+from .label_errors import Found, find
 from .model import FORMAT, ModelSpec, load_model, pick_device, read_checkpoint, spec_dict, spec_of
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Config:
     options: Mapping[str, Any] = field(default_factory=dict)  # the method's, in place of its defaults
     network: str = "unet"
     width: int = 16
+    foreground: float | None = None  # share with which an untrained network begins; None: as MONAI makes it
     epochs: int = 100
     epoch_batches: int | None = None  # steps of an epoch; None: one pass over the training cases
     batch_size: int = 16
@@ -64,6 +66,7 @@ class Config:
     meta_fraction: float = (
         0.0  # of the training patients, whose labels are clean; 0: those marked in the data
     )
+    test_on: str = "best"  # the weights of the epoch with the best validation Dice, or "last"
     train_on: str = "training"  # the perhaps noisy cases, or "meta": the clean ones, or "both"
     patch: tuple[int, ...] | None = None
     seed: int = 0
@@ -83,6 +86,10 @@ class Config:
             raise ValueError(f"epoch_batches must be at least 1, got {self.epoch_batches}")
         if not 0 <= self.meta_fraction < 1:
             raise ValueError(f"meta_fraction must be at least 0 and below 1, got {self.meta_fraction}")
+        if self.test_on not in ("best", "last"):
+            raise ValueError(f"unknown test_on {self.test_on!r}; choose from best, last")
+        if self.foreground is not None and not 0 < self.foreground < 1:
+            raise ValueError(f"foreground must be between 0 and 1, got {self.foreground}")
         if self.train_on not in TRAIN_ON:
             raise ValueError(f"unknown train_on {self.train_on!r}; choose from {', '.join(TRAIN_ON)}")
         if not 0 < self.lr < math.inf:
@@ -125,6 +132,8 @@ class Result:
     test: Summary
     unit: str  # of HD95
     pictures: list[dict[str, Any]]  # evaluate.pictures
+    found: Found | None = None  # how well the method's weights tell the corrupted labels
+    weights: list[dict[str, Any]] = field(default_factory=list)  # label_errors.find
 
     def run(self, name: str) -> dict[str, Any]:
         """As report.write_report takes it."""
@@ -206,7 +215,12 @@ def train(
             title=f"{config.method} on {config.data}, noise rate {config.noise_rate:g}",
             runs=[result.run(name)],
             overlays=overlays,
-            notes=[f"Test: {result.test.sentence(result.unit)}.", f"Best epoch: {result.best_epoch}."],
+            weights={name: result.weights} if result.found else {},
+            notes=[
+                f"Test: {result.test.sentence(result.unit)}.",
+                f"Best epoch: {result.best_epoch}.",
+                *([found_sentence(result.found)] if result.found else []),
+            ],
         )
     return result
 
@@ -215,6 +229,14 @@ def _fusion(config: Config, classes: int) -> Callable[[Array], Array | None]:
     """The method's own way to one label of the raters' masks of a case."""
     method, settings = methods.get(config.method), methods.configure(config.method, config.options)
     return lambda raters: method.fuse(settings, raters, classes)
+
+
+def found_sentence(found: Found) -> str:
+    return (
+        f"Weights as detectors of the corrupted labels ({found.share:.1%} of the pixels of {found.cases} training "
+        f"cases): AUROC {found.auroc:.3f}, average precision {found.average_precision:.3f}; mean weight "
+        f"{found.weight_wrong:.3f} where the label is wrong, {found.weight_right:.3f} where it is right."
+    )
 
 
 def open_run(config: Config, source: str | None = None) -> Data:
@@ -282,6 +304,8 @@ class _Loop:
         self.fabric = Fabric(accelerator=self.device.type, devices=devices, precision=precision)
         seed_everything(config.seed, verbose=False)
         self.method = spec.build()
+        if config.foreground is not None:
+            networks.start_at(self.method.network, config.foreground)
         optimizer = torch.optim.Adam(self.method.trained(), lr=config.lr)
         self.batches = -(-training.items // config.batch_size)  # of an epoch
         self.method.plan = methods.Plan(optimizer, config.epochs * self.batches, self.batches)
@@ -388,6 +412,7 @@ class _Loop:
                 group["lr"] = first * decay
         self.module.train()
         total: dict[str, torch.Tensor] = {}
+        count: dict[str, int] = {}  # a method need not report every loss in every step
         for batch in self._batches(epoch):
             losses = self.module.training_step(batch, self.step)
             self.optimizer.zero_grad()
@@ -396,9 +421,10 @@ class _Loop:
             self.method.after_step(self.step)
             for name, value in losses.items():
                 total[name] = total.get(name, 0) + value.detach()
+                count[name] = count.get(name, 0) + 1
             self.step += 1
             bars.advance(task)
-        means = {name: float(value) / self.batches for name, value in total.items()}
+        means = {name: float(value) / count[name] for name, value in total.items()}
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(
                 f"the training loss of epoch {epoch} is {means['loss']}; try a smaller lr"
@@ -456,7 +482,7 @@ class _Loop:
     # -- the end --
 
     def finish(self, bars: Progress, picture_ids: Sequence[str] | None) -> Result:
-        method, _ = load_model(read_checkpoint(self.out / "best.pt"), self.device)
+        method, _ = load_model(read_checkpoint(self.out / f"{self.config.test_on}.pt"), self.device)
         data, patch = self.data, self.spec.patch
         task = bars.add_task("testing", total=len(data.test), note="")
         scores = evaluate.evaluate(
@@ -470,7 +496,17 @@ class _Loop:
         )
         summary = evaluate.summarize(scores)
         evaluate.write_scores(self.out / "test.csv", scores)
-        content = {"best_epoch": self.best_epoch, "unit": data.unit, "test": summary._asdict()}
+        # The weights as they were last, with the state that made them, whichever epoch is tested.
+        self.method.eval()
+        corrupted = [self.training.cases[i].id for i in np.flatnonzero(self.training.radii >= 3)]
+        looked = find(self.method, self.training, self.device, self.config.batch_size, corrupted[:4])
+        found, maps = looked or (None, [])
+        content = {
+            "best_epoch": self.best_epoch,
+            "unit": data.unit,
+            "test": summary._asdict(),
+            "weights": found and found._asdict(),
+        }
         write_json(self.out / "summary.json", content)
         index = {case.id: i for i, case in enumerate(self.training.cases)}
 
@@ -483,7 +519,9 @@ class _Loop:
             corrupted = [self.training.cases[i].id for i in np.flatnonzero(self.training.radii)]
             ids = [*spread(data.test, 4), *corrupted[:2]]
         shown = evaluate.pictures(method, data, self.store, patch, self.device, ids, noisy)
-        return Result(self.config, self.out, self.history, self.best_epoch, summary, data.unit, shown)
+        return Result(
+            self.config, self.out, self.history, self.best_epoch, summary, data.unit, shown, found, maps
+        )
 
 
 def spread(cases: Sequence[Case], count: int) -> list[str]:

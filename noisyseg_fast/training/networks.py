@@ -5,10 +5,14 @@ The settings are MONAI's defaults; `width` is the number of channels on the fine
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import nn
+
+from .branches import BranchedUNet
 
 Builder = Callable[[int, int, int, int], nn.Module]
 
@@ -80,3 +84,22 @@ def head(network: nn.Module) -> nn.Module:
     if not isinstance(blocks, nn.Sequential):
         raise ValueError(f"network {type(network).__name__} has no head that is known")
     return blocks[-1]
+
+
+def start_at(network: nn.Module, foreground: float) -> None:
+    """Set the bias of the last convolution so that an untrained network begins near so much foreground, shared
+    alike by the foreground classes (Lin et al., Focal Loss, ICCV 2017, sec. 3.3); else it begins near a half."""
+    if isinstance(network, BranchedUNet):
+        for decoder in network.decoders:
+            start_at(decoder, foreground)
+        return
+    convolutions = [m for m in network.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    bias = convolutions[-1].bias if convolutions else None
+    if bias is None:
+        raise ValueError("the network ends in no convolution with a bias, so foreground cannot be set")
+    with torch.no_grad():
+        if len(bias) == 1:
+            bias.fill_(math.log(foreground / (1 - foreground)))
+        else:
+            bias.fill_(math.log(foreground / (len(bias) - 1)))
+            bias[0] = math.log(1 - foreground)

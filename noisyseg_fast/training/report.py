@@ -65,6 +65,7 @@ def write_report(
     runs: Sequence[Mapping[str, Any]],
     overlays: Sequence[Mapping[str, Any]],
     tables: Sequence[tuple[Any, ...]] = (),
+    weights: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     notes: Sequence[str] = (),
 ) -> None:
     """Write report.html, whole or not at all.
@@ -72,7 +73,9 @@ def write_report(
     runs: mappings with name, metrics_csv (a file as the engine writes it, one row for each epoch) and test
     (measure -> its mean over the test cases). overlays: mappings with id, image (H, W) and the masks (H, W),
     nonzero inside: clean, noisy (or None) and predictions (run name -> mask). tables: (title, header, rows),
-    or (title, rows as mappings). notes: sentences below the title; the first is the main finding.
+    or (title, rows as mappings). weights: run name -> mappings with id and image, clean, noisy and weight (H, W),
+    the last shown between 0 and 1 beside the true label errors. notes: sentences below the title; the first is
+    the main finding.
     """
     names = [*(run["name"] for run in runs), *(name for shown in overlays for name in shown["predictions"])]
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
@@ -85,6 +88,8 @@ def write_report(
         parts.append(f'<h2>Training</h2><div class="grid curves">{_curves(runs, colours)}</div>')
     if overlays:
         parts.append("<h2>Contours</h2>" + _overlays(overlays, colours))
+    if weights:
+        parts.append("<h2>Pixel weights and label errors</h2>" + _weights(weights))
     for name, *content in tables:
         parts.append(f"<h2>{escape(name)}</h2>")
         parts.append(_table(*(content if len(content) == 2 else _columns(content[0]))))
@@ -189,6 +194,45 @@ def _overlays(overlays: Sequence[Mapping[str, Any]], colours: Mapping[str, str])
         if name in shown
     )
     return f'<ul class="legend">{legend}</ul>\n<div class="grid">{"".join(elements)}</div>'
+
+
+def _weights(weights: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Beside each other: the image with both labels, the pixels whose label is wrong, and their weights."""
+    elements = []
+    for name, shown in weights.items():
+        for case in shown:
+            clean, noisy = (np.asarray(case[key]) != 0 for key in ("clean", "noisy"))
+            wrong = np.asarray(case["clean"]) != np.asarray(case["noisy"])
+            elements.append(
+                _element(
+                    _side_by_side(np.asarray(case["image"], np.float64), clean, noisy, wrong, case["weight"]),
+                    f"Label errors and weights of {name}",
+                    f"{case['id']}, {name}: {int(wrong.sum())} wrong labels",
+                )
+            )
+    legend = (
+        f'<li><i style="border-color:{CLEAN}"></i>right label</li>'
+        f'<li><i style="border-color:{NOISY};border-top-style:dashed"></i>label trained on</li>'
+        "<li>middle: label errors, white; right: weight, black 0 to white 1</li>"
+    )
+    return f'<ul class="legend">{legend}</ul>\n<div class="grid curves">{"".join(elements)}</div>'
+
+
+def _side_by_side(image: Any, clean: Any, noisy: Any, wrong: Any, weight: Any) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 2.5 * image.shape[0] / image.shape[1]), dpi=120)
+    for i, plane in enumerate((image, wrong, weight)):
+        axes = figure.add_axes((i / 3 + 0.002, 0, 1 / 3 - 0.004, 1))
+        axes.set_axis_off()
+        low, high = (0, 1) if i else (None, None)
+        axes.imshow(plane, cmap="gray", interpolation="nearest", vmin=low, vmax=high)
+        for mask, colour, line in ((clean, CLEAN, "solid"), (noisy, NOISY, "dashed")):
+            if i == 0 and mask.any() and not mask.all():
+                axes.contour(
+                    mask.astype(float), levels=[0.5], colors=[colour], linestyles=[line], linewidths=1.6
+                )
+    return figure
 
 
 def _contours(

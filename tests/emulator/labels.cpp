@@ -60,8 +60,8 @@ void patterns(Problem& p, bool cuda, Tensor& index, Tensor& counts) {
 struct Fit {
   Tensor values, labels, performance, sensitivity, specificity, status, out, masks;
 };
-Fit fit(Problem& p, bool cuda, Tensor& index, const Array& keys, Tensor& counts, const Array& prior, DType dtype,
-        DType label) {
+Fit fit(Problem& p, bool cuda, Tensor& index, const Array& keys, Tensor& counts, const Array& prior,
+        DType dtype, DType label) {
   const int64_t voters = p.raters + p.extra, slots = counts.view.shape[1], c = p.options.classes;
   const int64_t channels = p.options.binary ? 1 : c;
   Fit f{Tensor({p.batch, slots, channels}, DType::f64), Tensor({p.batch, slots}, DType::i64),
@@ -72,7 +72,8 @@ Fit fit(Problem& p, bool cuda, Tensor& index, const Array& keys, Tensor& counts,
   CALL(staple, keys, counts.array(), voters, p.options, StapleOptions{40, 1e-6}, prior, f.values.array(),
        f.labels.array(), f.performance.array(), f.sensitivity.array(), f.specificity.array(),
        f.status.array(), work.data(), place(cuda));
-  CALL(spread, index.array(), f.values.array(), f.out.array(), f.labels.array(), f.masks.array(), place(cuda));
+  CALL(spread, index.array(), f.values.array(), f.out.array(), f.labels.array(), f.masks.array(),
+       place(cuda));
   return f;
 }
 
@@ -164,7 +165,8 @@ int main() {
   p = masks("expanded, extra", {300}, 3);
   p.order = Order::expanded, p.extra = true, p.dtype = DType::i64;
   run(p);
-  p = masks("missing pixels", {20, 20}, 6);  // more slots than shared memory would take: 3^6 fits, 3^8 does not
+  p = masks("missing pixels", {20, 20},
+            6);  // more slots than shared memory would take: 3^6 fits, 3^8 does not
   p.options.has_missing = true, p.options.missing = 3;
   run(p);
   p.name = "many slots", p.raters = 8;
