@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ... import task_losses
-from .. import networks
+from .. import networks, ramps
 from ..branches import BranchedUNet
 from ._raters import masks, one_vs_rest, present
 from .base import Batch, Inputs, Losses, MakeNetwork, Method, register
@@ -38,8 +38,8 @@ from .base import Batch, Inputs, Losses, MakeNetwork, Method, register
 @dataclass(frozen=True)
 class Config:
     dice_weight: float = 1.0  # lambda (sec. IV)
-    # alpha at its end: "sigmoid-shape", maximum 1 (sec. IV). The shape is [DEF]: exp(-5 (1 - t)^2), t the share of
-    # the run that is done, the Gaussian ramp of mean teachers. 0 leaves the consistency out.
+    # alpha at its end: "sigmoid-shape", maximum 1 (sec. IV). The shape is [DEF]: ramps.gaussian over the whole
+    # run. 0 leaves the consistency out.
     consistency: float = 1.0
     tau_confidence: float = 0.2  # tau_a and tau_b: 0.2 each for lungs and fundus, 0.15 and 0.1 for
     tau_agreement: float = 0.2  # breast MRI (sec. IV)
@@ -111,7 +111,7 @@ class UMANet(Method):
     def training_step(self, batch: Batch, step: int) -> Losses:
         config, raters = self.config, batch["raters"]
         done = step / self.plan.steps
-        alpha = config.consistency * math.exp(-5 * (1 - min(1.0, done)) ** 2)
+        alpha = config.consistency * ramps.gaussian(step, self.plan.steps)
         sigma, there = self.doubt(batch["image"], raters), present(raters)
         warm = not config.assess or done < config.warmup
         with self._both_predictors(config.auxiliary and not warm):
