@@ -423,6 +423,41 @@ def test_resumed_run_ends_with_the_same_bits_and_exports_what_predicts(name, tin
         model.load_model(missing, torch.device("cpu"))
 
 
+def test_report_shows_annotations_uncertainty_calibration_and_quality(tiny, tmp_path):
+    result = train(replace(tiny, method="umanet", epochs=1, out=str(tmp_path / "run")))
+    assert len(result.explained) > 2
+    for case in result.explained:
+        assert case["facts"]["quality"] in ("high", "low")
+    shown = result.explained[0]
+    assert {name: a.shape for name, a in shown["maps"].items()} == dict.fromkeys(
+        ("annotations", "uncertainty", "calibration maps"), (3, 32, 32)
+    )
+    drawn, doubted, corrected = shown["maps"].values()
+    assert np.allclose(np.abs(drawn - doubted), corrected, atol=1e-6) or (drawn[2] == 0).all()
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "rows: the image, then annotations, uncertainty, calibration maps" in text
+    assert "quality low" in text or "quality high" in text
+    assert not train(replace(tiny, epochs=1, out=str(tmp_path / "ce")), report=False).explained
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_head_makes_the_logits_of_any_network(name):
+    for full, dims in ((name, 2), (f"{name}-2d", 3)):
+        width = 16 if name == "vnet" else 8
+        network = networks.build(full, dims, 1, 2, width).eval()
+        image, seen = torch.randn(1, 1, *(32,) * dims), []
+        hook = networks.head(network).register_forward_hook(lambda *parts, seen=seen: seen.append(parts[2]))
+        logits = network(image[..., :2] if dims == 3 else image)
+        hook.remove()
+        assert len(seen) == 1 and seen[0].numel() == logits.numel()
+        assert torch.equal(seen[0].flatten().sort().values, logits.flatten().sort().values)
+        if dims == 3:
+            continue
+        method = build(network=name, warmup=0.0) if name != "vnet" else None
+        if method is not None:
+            assert torch.isfinite(method.training_step(scene(), 5)["loss"])
+
+
 def test_one_rater_is_refused(tmp_path, tiny):
     root = nifti_folder(tmp_path / "set", cases=6, raters=1)
     with refuses(ValueError, "method umanet needs several raters"):

@@ -867,15 +867,20 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
         return item
 
     def probe(self, index: int) -> dict[str, Any]:
-        """The same part of a case at every call, unturned: its image, label and "clean", the label before the
-        corruption."""
+        """The same part of a case at every call, unturned: its image, label, "raters" if they are brought along, and
+        "clean", the label before the corruption."""
         loaded = self.store.get(self.cases[index])
-        labels = np.stack([self.label(index), loaded.target])
+        labels = np.concatenate([self.labels(index), loaded.target[None]])
         image = loaded.image
         if image.shape[1:] != self.patch:
             image, labels = _crop(self._crop, image, labels, self.seed)
-        parts = (torch.from_numpy(np.ascontiguousarray(a)) for a in (image, *labels))
-        return {**dict(zip(("image", "label", "clean"), parts, strict=True)), "index": index}
+        parts = {"image": image, "label": labels[0], "clean": labels[-1]}
+        if self.raters:
+            parts["raters"] = labels[1:-1]
+        return {
+            **{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in parts.items()},
+            "index": index,
+        }
 
     def meta_item(self, number: int) -> dict[str, Any]:
         """The clean case that an item brings along: image, label and index, its place in the meta set."""

@@ -33,7 +33,7 @@ from . import evaluate, methods, networks
 from .data import Array, Case, Data, Store, TrainingSet, check, open_data, patch_size
 from .evaluate import Summary
 from .files import write_csv, write_json, written
-from .label_errors import Found, find
+from .label_errors import Found, explained, find
 from .model import FORMAT, ModelSpec, load_model, pick_device, read_checkpoint, spec_dict, spec_of
 
 if TYPE_CHECKING:
@@ -175,6 +175,7 @@ class Result:
     pictures: list[dict[str, Any]]  # evaluate.pictures
     found: Found | None = None  # how well the method's weights tell the corrupted labels
     weights: list[dict[str, Any]] = field(default_factory=list)  # label_errors.find
+    explained: list[dict[str, Any]] = field(default_factory=list)  # label_errors.explained
 
     def run(self, name: str) -> dict[str, Any]:
         """As report.write_report takes it."""
@@ -260,6 +261,7 @@ def train(
             runs=[result.run(name)],
             overlays=overlays,
             weights={name: result.weights} if result.found else {},
+            explained=result.explained,
             notes=[
                 f"Test: {result.test.sentence(result.unit)}.",
                 f"Best epoch: {result.best_epoch}.",
@@ -561,6 +563,7 @@ class _Loop:
         corrupted = [self.training.cases[i].id for i in np.flatnonzero(self.training.radii >= 3)]
         looked = find(self.method, self.training, self.device, self.config.batch_size, corrupted[:4])
         found, maps = looked or (None, [])
+        told = explained(self.method, self.training, self.device, self.config.batch_size)
         content = {
             "best_epoch": self.best_epoch,
             "unit": data.unit,
@@ -580,7 +583,7 @@ class _Loop:
             ids = [*spread(data.test, 4), *corrupted[:2]]
         shown = evaluate.pictures(method, data, self.store, patch, self.device, ids, noisy)
         return Result(
-            self.config, self.out, self.history, self.best_epoch, summary, data.unit, shown, found, maps
+            self.config, self.out, self.history, self.best_epoch, summary, data.unit, shown, found, maps, told
         )
 
 

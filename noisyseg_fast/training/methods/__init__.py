@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from .base import METHODS, Batch, Inputs, Losses, MakeNetwork, Method, Plan, configure, create, get
+from .base import METHODS, Batch, Inputs, Losses, MakeNetwork, Method, Plan, Seen, configure, create, get
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f".{_module.name}", __name__)
@@ -23,6 +23,7 @@ __all__ = [
     "MakeNetwork",
     "Method",
     "Plan",
+    "Seen",
     "configure",
     "create",
     "get",

@@ -40,6 +40,13 @@ class Inputs(NamedTuple):
     width: int  # of the user's network
 
 
+class Seen(NamedTuple):
+    """What a method makes of the labels of one image, for the report."""
+
+    facts: dict[str, float | str]
+    maps: dict[str, Tensor]  # rows of pictures, each (n, *S) between 0 and 1
+
+
 class Plan(NamedTuple):
     """What a method may want to know of the run it is part of."""
 
@@ -112,6 +119,10 @@ class Method(nn.Module):
     def pixel_weights(self, batch: Batch) -> Tensor | None:
         """For the report: the weights (B, *S) that training would now give the labels of this batch, between
         0 and 1 for the most trusted one; None if the method weighs nothing."""
+        return None
+
+    def explain(self, batch: Batch) -> list[Seen] | None:
+        """For the report: what training now makes of the labels of each image of this batch; None for nothing."""
         return None
 
     def forward(self, image: Tensor) -> Tensor:

@@ -31,8 +31,9 @@ from torch import Tensor
 from ... import task_losses
 from .. import networks, ramps
 from ..branches import BranchedUNet
+from ..data import MISSING
 from ._raters import masks, one_vs_rest, present
-from .base import Batch, Inputs, Losses, MakeNetwork, Method, register
+from .base import Batch, Inputs, Losses, MakeNetwork, Method, Seen, register
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,22 @@ class UMANet(Method):
             else torch.ones_like(terms.agreement)
         )
         return Maps(sigma, calibration, terms.confidence, terms.agreement, share)
+
+    def explain(self, batch: Batch) -> list[Seen]:
+        found, classes = self.maps(batch), self.classes
+        drawn = torch.where(batch["raters"] == MISSING, 0, batch["raters"]).float() / classes
+        seen = []
+        for i, share in enumerate(found.primary.tolist()):
+            facts: dict[str, float | str] = {
+                "confidence": float(found.confidence[i]),
+                "agreement": float(found.agreement[i]),
+                "quality": f"{share:.0%} high" if 0 < share < 1 else "high" if share else "low",
+            }
+            # Of several classes, what is most doubted, and all of the foreground.
+            sigma, calibration = found.uncertainty[i].amax(0), found.calibration[i].amax(0)
+            maps = {"annotations": drawn[i], "uncertainty": sigma, "calibration maps": calibration}
+            seen.append(Seen(facts, maps))
+        return seen
 
     def _share(self, confidence: Tensor, agreement: Tensor) -> Tensor:
         """(B,): how much of each image is the primary predictor's."""
