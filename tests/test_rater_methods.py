@@ -11,11 +11,12 @@ pytest.importorskip("monai")
 pytest.importorskip("lightning")
 torch = pytest.importorskip("torch")
 
-from folders import nifti_folder  # noqa: E402
+from folders import blob, nifti_folder  # noqa: E402
 
 from noisyseg_fast import labels, reference  # noqa: E402
 from noisyseg_fast.training import data as D  # noqa: E402
-from noisyseg_fast.training import engine, methods, model, networks  # noqa: E402
+from noisyseg_fast.training import engine, label_errors, methods, model, networks, report  # noqa: E402
+from noisyseg_fast.training import reproduce as R  # noqa: E402
 from noisyseg_fast.training.branches import BranchedUNet  # noqa: E402
 from noisyseg_fast.training.engine import Config, train  # noqa: E402
 from noisyseg_fast.training.methods import _raters  # noqa: E402
@@ -246,7 +247,7 @@ def test_several_classes_are_each_against_the_rest():
 
 
 @pytest.mark.parametrize(
-    "option, message",
+    ("option", "message"),
     [
         ({"soft": -1}, "soft must be finite and not negative, got -1"),
         ({"tau_agreement": 0}, "tau_agreement must be positive, got 0"),
@@ -283,7 +284,7 @@ def test_branched_unet_with_one_branch_is_the_unet():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dims, raters, classes", [(2, 4, 2), (2, 2, 3), (3, 2, 2)])
+@pytest.mark.parametrize(("dims", "raters", "classes"), [(2, 4, 2), (2, 2, 3), (3, 2, 2)])
 def test_each_method_learns_a_few_patches(name, dims, raters, classes):
     steps = 20 if dims == 2 else 5
     method = build(name, raters, dims, classes, steps=steps)
@@ -438,6 +439,52 @@ def test_report_shows_annotations_uncertainty_calibration_and_quality(tiny, tmp_
     assert "rows: the image, then annotations, uncertainty, calibration maps" in text
     assert "quality low" in text or "quality high" in text
     assert not train(replace(tiny, epochs=1, out=str(tmp_path / "ce")), report=False).explained
+
+
+def test_report_pictures_some_cases_and_lists_all(folder, tmp_path):
+    data = D.open_data(folder)
+    training = D.TrainingSet(data.training, D.Store(2, raters=True), (32, 32))
+    found = label_errors.explained(build(), training, torch.device("cpu"), 2, most=5, shown=2)
+    assert [("maps" in case) for case in found] == [True, False, False, False, True]
+    report.write_report(tmp_path / "a.html", title="t", runs=[], overlays=[], explained=found)
+    text = (tmp_path / "a.html").read_text()
+    assert all(case["id"] in text for case in found) and text.count("<img") == 2
+
+
+def test_study_of_umanet(tmp_path):
+    pairs = [blob((32, 32), i) for i in range(32)]
+    image, mask = (np.stack(a) for a in zip(*pairs, strict=True))
+    drawn = np.stack([mask, np.roll(mask, 1, 2)], 1)
+    np.savez(tmp_path / "set.npz", image=image, mask=drawn)
+    study = R.get("umanet")
+    settings = replace(study.settings, data=str(tmp_path / "set.npz"))
+    data = study.data(settings)
+    for condition, wanted in (("LN", 0.8), ("HN", 0.7)):
+        noisy = study.under(data, condition).training
+        assert noisy[0].labels.shape == (5, 32, 32)
+        truth = [D.load(case).target for case in data.training]
+        dice = [
+            2 * (a & t).sum() / (a.sum() + t.sum())
+            for case, t in zip(noisy, truth, strict=True)
+            for a in case.labels
+        ]
+        assert abs(np.mean(dice) - wanted) < 0.06
+        assert study.under(data, condition).test == data.test
+    assert study.under(data, "real raters") is data and study.under(data, "") is data
+    for arm in study.arms.values():
+        replace(study.settings, **arm.changes).check()
+    rows = R.reproduce(
+        "umanet",
+        tmp_path / "out",
+        data=str(tmp_path / "set.npz"),
+        seeds=1,
+        budget=2,
+        quick=True,
+        arms=("clean", "umanet"),
+    )
+    assert [row["condition"] for row in rows] == ["", "LN", "HN", "real raters"]
+    assert len({row["dice"] for row in rows[1:]}) == 3
+    assert "umanet minus clean" in (tmp_path / "out" / "results.md").read_text()
 
 
 @pytest.mark.parametrize("name", networks.NETWORKS)

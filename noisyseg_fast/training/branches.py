@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,8 +55,9 @@ class BranchedUNet(nn.Module):
         branches = []
         for decoder in self.decoders:
             up = levels[-1]
-            for level, block in zip(range(LEVELS - 2, -1, -1), decoder, strict=True):  # type: ignore[arg-type]
+            for level, block in zip(range(LEVELS - 2, -1, -1), decoder.children(), strict=True):
                 up = block(torch.cat([levels[level], up], 1))
             branches.append(up)
         result = torch.stack(branches, 1)
-        return result[(..., *(slice(n) for n in size))] if any(lacking) else result
+        cut: Any = (..., *(slice(n) for n in size))
+        return result[cut] if any(lacking) else result

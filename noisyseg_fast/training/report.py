@@ -225,19 +225,16 @@ def _weights(weights: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 def _explained(cases: Sequence[Mapping[str, Any]]) -> str:
     """A row of pictures for each kind of map, below the image, and the facts of all cases."""
-    elements = []
+    elements, names = [], dict[str, None]()
     for case in cases:
-        if "maps" not in case:
-            continue
-        facts = ", ".join(f"{name} {_cell(value)}" for name, value in case["facts"].items())
-        text = f"{', '.join(case['maps'])} of {case['id']}"
-        elements.append(_element(_rows_of_maps(case["image"], case["maps"]), text, f"{case['id']}: {facts}"))
-    names = list(dict.fromkeys(name for case in cases for name in case["maps"])) if elements else []
-    rows = [{"case": case["id"], **case["facts"]} for case in cases]
+        if "maps" in case:
+            names |= dict.fromkeys(case["maps"])
+            facts = ", ".join(f"{name} {_cell(value)}" for name, value in case["facts"].items())
+            figure = _rows_of_maps(case["image"], case["maps"])
+            elements.append(_element(figure, ", ".join(case["maps"]), f"{case['id']}: {facts}"))
     legend = f"<li>rows: the image, then {escape(', '.join(names))}; black 0 to white 1</li>"
-    return f'<ul class="legend">{legend}</ul>\n<div class="grid curves">{"".join(elements)}</div>' + _table(
-        *_columns(rows)
-    )
+    table = _table(*_columns([{"case": case["id"], **case["facts"]} for case in cases]))
+    return f'<ul class="legend">{legend}</ul>\n<div class="grid curves">{"".join(elements)}</div>\n{table}'
 
 
 def _rows_of_maps(image: Any, maps: Mapping[str, Any]) -> Any:

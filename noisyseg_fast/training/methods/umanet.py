@@ -133,7 +133,8 @@ class UMANet(Method):
         there = present(raters).reshape(len(raters), 1, -1, *(1,) * (raters.ndim - 2))
         mean = drawn.sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp(min=1)
         seen = torch.where(there, drawn, mean)
-        return self.uncertainty(torch.cat([image, seen.flatten(1, 2)], 1)).transpose(1, 2).float().sigmoid()
+        doubt: Tensor = self.uncertainty(torch.cat([image, seen.flatten(1, 2)], 1))
+        return doubt.transpose(1, 2).float().sigmoid()
 
     @torch.no_grad()
     def maps(self, batch: Batch) -> Maps:
@@ -168,6 +169,8 @@ class UMANet(Method):
 
     def _share(self, confidence: Tensor, agreement: Tensor) -> Tensor:
         """(B,): how much of each image is the primary predictor's."""
+        a: Tensor
+        b: Tensor
         a, b = self.config.tau_confidence - confidence, self.config.tau_agreement - agreement
         if self.config.soft:
             return (a / self.config.soft).sigmoid() * (b / self.config.soft).sigmoid()
