@@ -181,7 +181,7 @@ def test_pixels_weigh_exp_of_minus_their_uncertainty():
 
 
 def test_the_uncertainty_estimator_learns_where_a_rater_is_wrong():
-    method = build(raters=3, steps=60, assess=False)
+    method = build(raters=3, steps=60, assess=False, doubt=0.5)
     batch = scene()
     batch["raters"][:, 2] = 1 - batch["raters"][:, 2]  # one rater has it all wrong
     optimizer = method.plan.optimizer
@@ -252,12 +252,19 @@ def test_several_classes_are_each_against_the_rest():
         ({"soft": -1}, "soft must be finite and not negative, got -1"),
         ({"tau_agreement": 0}, "tau_agreement must be positive, got 0"),
         ({"warmup": 2}, "warmup must be a share between 0 and 1, got 2"),
+        ({"doubt": 0}, "doubt must be between 0 and 1, got 0"),
         ({"entropy": "half"}, "entropy must be paper or binary, got 'half'"),
     ],
 )
 def test_options_of_umanet(option, message):
     with refuses(ValueError, message):
         methods.configure("umanet", option)
+
+
+def test_untrained_uncertainty_is_what_was_asked_for():
+    for value in (0.02, 0.3):
+        sigma = build(doubt=value).maps(scene()).uncertainty
+        assert abs(sigma.logit().mean() - math.log(value / (1 - value))) < 0.5
 
 
 def test_entropy_decides_for_small_objects():

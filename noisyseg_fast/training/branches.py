@@ -43,6 +43,14 @@ class BranchedUNet(nn.Module):
 
         self.decoders = nn.ModuleList(decoder() for _ in range(branches))
 
+    @torch.no_grad()
+    def start_at(self, logit: float) -> None:
+        """Set the bias of each decoder's last convolution, so that an untrained network begins near that logit."""
+        for decoder in self.decoders:
+            *_, last = (m for m in decoder.modules() if isinstance(m, nn.modules.conv._ConvNd))
+            assert last.bias is not None
+            last.bias.fill_(logit)
+
     def forward(self, image: Tensor) -> Tensor:
         size, step = image.shape[2:], 1 << (LEVELS - 1)
         lacking = [-n % step for n in size]

@@ -48,6 +48,9 @@ class Config:
         "paper"  # of the confidence, eq. 6; "binary": all of the entropy, mean over pixels (at most ln 2)
     )
     warmup: float = 0.1  # share of the run in which all images count as high quality [DEF]
+    # sigma of the untrained AUEM [DEF]. At its natural 0.5 the maps say nothing for so long that after the warm-up every
+    # image counts as low quality, and the primary predictor learns no more.
+    doubt: float = 0.02
     assess: bool = True  # the QAM; false: all images are of high quality
     auxiliary: bool = True  # false: images of low quality are left out (the paper's ablation)
     # Beyond the paper (its second limitation): above 0, an image teaches both predictors, the primary one with weight
@@ -61,6 +64,8 @@ class Config:
         for name in ("tau_confidence", "tau_agreement"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 < self.doubt < 1:
+            raise ValueError(f"doubt must be between 0 and 1, got {self.doubt}")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup must be a share between 0 and 1, got {self.warmup}")
         if self.entropy not in ("paper", "binary"):
@@ -100,6 +105,7 @@ class UMANet(Method):
             inputs.width,
             inputs.raters,
         )
+        self.uncertainty.start_at(math.log(self.config.doubt / (1 - self.config.doubt)))
 
     @property
     def classes(self) -> int:
@@ -169,9 +175,8 @@ class UMANet(Method):
 
     def _share(self, confidence: Tensor, agreement: Tensor) -> Tensor:
         """(B,): how much of each image is the primary predictor's."""
-        a: Tensor
-        b: Tensor
-        a, b = self.config.tau_confidence - confidence, self.config.tau_agreement - agreement
+        a: Tensor = self.config.tau_confidence - confidence
+        b: Tensor = self.config.tau_agreement - agreement
         if self.config.soft:
             return (a / self.config.soft).sigmoid() * (b / self.config.soft).sigmoid()
         return ((a > 0) & (b > 0)).to(confidence.dtype)
