@@ -202,7 +202,7 @@ def test_consistency_grows_and_brings_calibration_maps_together():
     torch.testing.assert_close(losses[1]["loss"] - losses[0]["loss"], rise, rtol=1e-3, atol=1e-6)
     ends = []
     for consistency in (0.0, 20.0):
-        method = build(assess=False, consistency=consistency, steps=1)
+        method = build(assess=False, consistency=consistency, steps=1, doubt=0.5)
         for _ in range(12):
             last = step_grads(method, batch, 1)
             method.plan.optimizer.step()
@@ -459,7 +459,7 @@ def test_report_pictures_some_cases_and_lists_all(folder, tmp_path):
 
 
 def test_study_of_umanet(tmp_path):
-    pairs = [blob((32, 32), i) for i in range(32)]
+    pairs = [blob((32, 32), i) for i in range(20)]
     image, mask = (np.stack(a) for a in zip(*pairs, strict=True))
     drawn = np.stack([mask, np.roll(mask, 1, 2)], 1)
     np.savez(tmp_path / "set.npz", image=image, mask=drawn)
