@@ -177,8 +177,9 @@ class UMANet(Method):
         """(B,): how much of each image is the primary predictor's."""
         a: Tensor = self.config.tau_confidence - confidence
         b: Tensor = self.config.tau_agreement - agreement
-        if self.config.soft:
-            return (a / self.config.soft).sigmoid() * (b / self.config.soft).sigmoid()
+        soft: float = self.config.soft
+        if soft:
+            return (a / soft).sigmoid() * (b / soft).sigmoid()
         return ((a > 0) & (b > 0)).to(confidence.dtype)
 
     def _terms(self, logits: Tensor, raters: Tensor, sigma: Tensor, there: Tensor, alpha: float) -> Any:
