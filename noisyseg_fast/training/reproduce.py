@@ -433,9 +433,9 @@ _MCPM = Study(
         "does not describe its U-Net.",
         "Patches and the consensus of four radiologists (at least two of them) as prepared for this package, not the "
         "authors' selection; split by patient, which the paper does not claim.",
-        "The plain U-Net trains on the noisy and the meta set together, as the paper says of all that it compares with; "
+        "The plain U-Net trains on the noisy and the meta set together, as the paper says of all it compares with; "
         "here MWNet and the reweighting train on the noisy set, as MCPM does, and learn their weights on the meta set. "
-        "Whether the paper's MWNet weighs pixels or images is not said; both are here, and its figures stand beside the "
+        "Whether the paper's MWNet weighs pixels or images is not said; both are here; its figures stand beside the "
         "pixel-wise one.",
         "Networks begin with a foreground share of 0.04 (the bias of the last layer), or so small a budget goes on "
         "learning that most pixels are background. This was chosen after seeing clean labels tested with another seed.",

@@ -62,6 +62,7 @@ class ConfidentLearning(mean_teacher.MeanTeacher):
         share = ramp if clean is None else weight * config.corrected
         return {
             "loss": config.loss_weight * (given + share * corrected) + weight * consistency,
+            "given": given,
             "corrected": corrected,
             "consistency": consistency,
             "wrong": wrong.float().mean(),

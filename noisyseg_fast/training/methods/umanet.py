@@ -48,7 +48,7 @@ class Config:
         "paper"  # of the confidence, eq. 6; "binary": all of the entropy, mean over pixels (at most ln 2)
     )
     warmup: float = 0.1  # share of the run in which all images count as high quality [DEF]
-    # sigma of the untrained AUEM [DEF]. At its natural 0.5 the maps say nothing for so long that after the warm-up every
+    # sigma of the untrained AUEM [DEF]. At its natural 0.5 the maps say nothing so long that after the warm-up every
     # image counts as low quality, and the primary predictor learns no more.
     doubt: float = 0.02
     assess: bool = True  # the QAM; false: all images are of high quality
