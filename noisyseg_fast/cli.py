@@ -115,7 +115,13 @@ def train(
     set_: Annotated[
         list[str] | None, Option("--set", help="An option of the method, as gamma=1.3; repeatable.")
     ] = None,
-    network: Annotated[str | None, Option(help="unet, basicunet or segresnet. [default: unet]")] = None,
+    network: Annotated[
+        str | None,
+        Option(
+            help="unet, basicunet, attention_unet, segresnet, dynunet, vnet, coplenet; NAME-2d takes volumes "
+            "slice by slice. [default: unet]"
+        ),
+    ] = None,
     width: Annotated[int | None, Option(help="Channels on the finest level. [default: 16]")] = None,
     epochs: Annotated[int | None, Option(help="[default: 100]")] = None,
     batch_size: Annotated[int | None, Option(help="[default: 16]")] = None,
@@ -135,6 +141,14 @@ def train(
     ] = None,
     patch: Annotated[
         str | None, Option(help="Patch size, as 96x96x32. [default: the image, or 256^2, 64^3]")
+    ] = None,
+    schedule: Annotated[str | None, Option(help="Of lr: poly, constant or halve. [default: poly]")] = None,
+    patience: Annotated[
+        int | None, Option(help="Stop after so many epochs without a better validation Dice.")
+    ] = None,
+    settings: Annotated[
+        Path | None,
+        Option("--config", help="YAML or JSON of settings, as a run's config.json; options here go first."),
     ] = None,
     seed: Annotated[int | None, Option(help="[default: 0]")] = None,
     folder: Annotated[
@@ -179,6 +193,8 @@ def train(
         "meta_fraction": meta_fraction,
         "train_on": train_on,
         "patch": _size(patch) if patch else None,
+        "schedule": schedule,
+        "patience": patience,
         "seed": seed,
         "out": str(folder) if folder else None,
         "device": device,
@@ -187,8 +203,10 @@ def train(
     }
     given = {name: value for name, value in given.items() if value is not None}
     if resume is None:
-        config = engine.Config(**given)
+        config = dataclasses.replace(engine.load_config(settings) if settings else engine.Config(), **given)
     else:
+        if settings is not None:
+            raise ValueError("--resume takes its settings from the run's folder, not from --config")
         for name in given:
             if name not in ("epochs", "device", "precision", "workers"):
                 raise ValueError(

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+SCHEDULES = ("poly", "constant", "halve")
 TRAIN_ON = ("training", "meta", "both")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 COLUMNS = ("epoch", "train_loss", "val_dice", "val_iou", "val_hd95", "val_empty", "lr", "seconds")
@@ -52,13 +53,17 @@ class Config:
     data: str = "sample"  # or a folder, a datalist or an .npz; see data.py
     method: str = "ce"
     options: Mapping[str, Any] = field(default_factory=dict)  # the method's, in place of its defaults
-    network: str = "unet"
-    width: int = 16
+    network: str | None = None  # None, both: as the method says, which is unet of width 16 for most
+    width: int | None = None
     foreground: float | None = None  # share with which an untrained network begins; None: as MONAI makes it
     epochs: int = 100
     epoch_batches: int | None = None  # steps of an epoch; None: one pass over the training cases
     batch_size: int = 16
-    lr: float = 1e-3  # of Adam, falling as (1 - epoch/epochs)^0.9 (nnU-Net's schedule)
+    lr: float = 1e-3  # of Adam
+    schedule: str = "poly"  # of lr: (1 - epoch/epochs)^0.9, nnU-Net's; "constant"; "halve"
+    halve_every: int = 10_000  # steps, of schedule "halve" (COPLE-Net sec. III-A)
+    weight_decay: float = 0.0
+    patience: int | None = None  # stop after so many epochs without a better validation Dice
     noise_rate: float = 0.0  # share of training labels that are dilated
     noise_radius: int = 6  # by 0 to so many pixels (MCPM sec. 4.1)
     validation: float = 0.1  # shares of the patients, where the data do not say
@@ -76,8 +81,9 @@ class Config:
     out: str = "runs/train"
 
     def check(self) -> None:
-        for name in ("epochs", "batch_size", "width"):
-            if getattr(self, name) < 1:
+        for name in ("epochs", "batch_size", "width", "halve_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("seed", "workers", "noise_radius"):
             if getattr(self, name) < 0:
@@ -92,6 +98,10 @@ class Config:
             raise ValueError(f"foreground must be between 0 and 1, got {self.foreground}")
         if self.train_on not in TRAIN_ON:
             raise ValueError(f"unknown train_on {self.train_on!r}; choose from {', '.join(TRAIN_ON)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.schedule!r}; choose from {', '.join(SCHEDULES)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {self.lr}")
         if not 0 <= self.noise_rate <= 1:
@@ -99,8 +109,22 @@ class Config:
         if self.precision not in PRECISIONS:
             raise ValueError(f"unknown precision {self.precision!r}; choose from {', '.join(PRECISIONS)}")
         methods.configure(self.method, self.options)
-        networks.get(self.network)
+        if self.network is not None:
+            networks.get(self.network)
         pick_device(self.device)
+
+    def resolved(self) -> Config:
+        """With the method's network and width where none are named."""
+        network, width = methods.get(self.method).network_default
+        if self.network is not None:
+            width = 16
+        return dataclasses.replace(self, network=self.network or network, width=self.width or width)
+
+    def decay(self, step: int, steps_per_epoch: int) -> float:
+        """What lr is multiplied by at that step."""
+        if self.schedule == "halve":
+            return float(0.5 ** (step // self.halve_every))
+        return (1 - step // steps_per_epoch / self.epochs) ** 0.9 if self.schedule == "poly" else 1.0
 
 
 def read_config(out: Path) -> Config:
@@ -113,6 +137,23 @@ def read_config(out: Path) -> Config:
         return dataclasses.replace(config_of(values), out=str(out))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: is no configuration of this version ({error})") from error
+
+
+def load_config(path: Path) -> Config:
+    """The settings in a YAML or JSON file: those of Config, the missing ones by default, or a run's config.json,
+    which repeats that run, with the method's options as they were then."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if "config" in content:
+            content = {**content["config"], "options": content["method_options"]}
+        return config_of({"patch": None, **content})
+    except OSError as error:
+        raise FileNotFoundError(f"{path}: cannot be read: {error.strerror}") from error
+    except (KeyError, TypeError, yaml.YAMLError) as error:
+        line = " ".join(str(error).split())
+        raise ValueError(f"{path}: is no configuration ({line})") from error
 
 
 def config_of(values: Mapping[str, Any]) -> Config:
@@ -161,6 +202,8 @@ def train(
     config.out holds a run already, FloatingPointError when the loss is not finite.
     """
     config.check()
+    config = config.resolved()
+    assert config.network is not None and config.width is not None
     out = Path(config.out)
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(
@@ -168,8 +211,9 @@ def train(
         )
     data = data or open_run(config)
     check_needs(config, data)
-    needs = methods.get(config.method).needs
-    store = Store(data.classes, raters="raters" in needs)
+    method = methods.get(config.method)
+    parts = method.needs | method.wants
+    store = Store(data.classes, raters="raters" in parts)
     with progress(console) as bars:
         task = bars.add_task("reading", total=len(data.split("all")), note="")
         shape = check(data, store, lambda: bars.advance(task))
@@ -193,8 +237,8 @@ def train(
             noise_radius=config.noise_radius,
             seed=config.seed,
             clean=data.meta if config.train_on != "training" else (),
-            meta=data.meta if "meta" in needs else (),
-            unlabelled=data.unlabelled if "unlabelled" in needs else (),
+            meta=data.meta if "meta" in parts else (),
+            unlabelled=data.unlabelled if "unlabelled" in parts else (),
             items=config.epoch_batches and config.epoch_batches * config.batch_size,
         )
         loop = _Loop(config, spec, data, store, training)
@@ -298,7 +342,7 @@ class _Loop:
         self.method = spec.build()
         if config.foreground is not None:
             networks.start_at(self.method.network, config.foreground)
-        optimizer = torch.optim.Adam(self.method.trained(), lr=config.lr)
+        optimizer = torch.optim.Adam(self.method.trained(), lr=config.lr, weight_decay=config.weight_decay)
         self.batches = -(-training.items // config.batch_size)  # of an epoch
         self.method.plan = methods.Plan(optimizer, config.epochs * self.batches, self.batches)
         self.own_lr = {  # of the method's own optimisers, before any decay
@@ -386,24 +430,29 @@ class _Loop:
         bars.update(task, completed=self.epoch * self.batches)
         log: Any = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch)
         try:
-            while self.epoch < self.config.epochs:
+            while self.epoch < self.config.epochs and not self.stalled():
                 self._epoch(bars, task, log)
         finally:
             log.close()
         bars.remove_task(task)
 
+    def stalled(self) -> bool:
+        """Whether validation has not gained for `patience` epochs."""
+        patience = self.config.patience
+        return (
+            patience is not None and self.mature(self.epoch) and self.epoch - 1 - self.best_epoch >= patience
+        )
+
+    def mature(self, epochs: int) -> bool:
+        return self.method.mature(epochs * self.batches)
+
     def _epoch(self, bars: Progress, task: Any, log: Any) -> None:
         start, epoch, config = time.perf_counter(), self.epoch, self.config
-        decay = (1 - epoch / config.epochs) ** 0.9
-        rate = config.lr * decay
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        for name, own in self.method.optimizers.items():
-            for group, first in zip(own.param_groups, self.own_lr[name], strict=True):
-                group["lr"] = first * decay
+        rate = config.lr
         self.module.train()
         total: dict[str, torch.Tensor] = {}
         for batch in self._batches(epoch):
+            rate = self._set_lr()
             losses = self.module.training_step(batch, self.step)
             self.optimizer.zero_grad()
             self.fabric.backward(losses["loss"])
@@ -432,7 +481,9 @@ class _Loop:
         }
         self.history.append(row)
         self.epoch += 1
-        if val.dice > self.best or self.best_epoch < 0:
+        # The first epoch of a method that is mature replaces the best of those before.
+        first = self.best_epoch < 0 or self.mature(self.epoch) > self.mature(self.best_epoch + 1)
+        if first or (val.dice > self.best and self.mature(self.epoch)):
             self.best, self.best_epoch = val.dice if math.isfinite(val.dice) else -1.0, epoch
             self.save("best.pt")
         # The history travels in last.pt, so metrics.csv can always be made whole after a crash.
@@ -449,6 +500,15 @@ class _Loop:
             log.add_scalar(f"train/{name}", number, epoch)
         note = f"epoch {self.epoch}/{config.epochs}  loss {means['loss']:.4f}  val Dice {val.dice:.4f}"
         bars.update(task, note=note)
+
+    def _set_lr(self) -> float:
+        decay = self.config.decay(self.step, self.batches)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * decay
+        for name, own in self.method.optimizers.items():
+            for group, first in zip(own.param_groups, self.own_lr[name], strict=True):
+                group["lr"] = first * decay
+        return self.config.lr * decay
 
     def _batches(self, epoch: int) -> Iterator[methods.Batch]:
         self.training.epoch = epoch

@@ -1,6 +1,7 @@
-"""MONAI's networks by name, for 2D and 3D.
+"""Networks by name, for 2D and 3D: COPLE-Net and MONAI's.
 
-The settings are MONAI's defaults; `width` is the number of channels on the finest level.
+The settings are MONAI's defaults; `width` is the number of channels on the finest level. NAME-2d is network
+NAME in 2D, which takes volumes slice by slice across their last axis.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .cople import COPLENet, by_slices
 
 Builder = Callable[[int, int, int, int], nn.Module]
 
@@ -37,6 +40,14 @@ def _basicunet(dims: int, inputs: int, outputs: int, width: int) -> nn.Module:
     return network
 
 
+def _attention_unet(dims: int, inputs: int, outputs: int, width: int) -> nn.Module:
+    from monai.networks.nets import AttentionUnet
+
+    channels = [width << level for level in range(5)]
+    network: nn.Module = AttentionUnet(dims, inputs, outputs, channels=channels, strides=(2, 2, 2, 2))
+    return network
+
+
 def _segresnet(dims: int, inputs: int, outputs: int, width: int) -> nn.Module:
     from monai.networks.nets import SegResNet
 
@@ -46,19 +57,75 @@ def _segresnet(dims: int, inputs: int, outputs: int, width: int) -> nn.Module:
     return network
 
 
+def _dynunet(dims: int, inputs: int, outputs: int, width: int) -> nn.Module:
+    from monai.networks.nets import DynUNet
+
+    widest = 512 if dims == 2 else 320  # nnU-Net's
+    network: nn.Module = DynUNet(
+        dims,
+        inputs,
+        outputs,
+        kernel_size=[3] * 5,
+        strides=[1, 2, 2, 2, 2],
+        upsample_kernel_size=[2] * 4,
+        filters=[min(width << level, widest) for level in range(5)],
+        deep_supervision=False,
+    )
+    return network
+
+
+def _vnet(dims: int, inputs: int, outputs: int, width: int) -> nn.Module:
+    from monai.networks.nets import VNet
+
+    if width != 16:
+        raise ValueError(f"width must be 16 for network vnet, which has no other, got {width}")
+    if 16 % inputs:
+        raise ValueError(f"network vnet takes images of 1, 2, 4, 8 or 16 channels, not {inputs}")
+    network: nn.Module = VNet(dims, inputs, outputs, dropout_dim=dims)
+    return network
+
+
+def _coplenet(dims: int, inputs: int, outputs: int, width: int) -> nn.Module:
+    return COPLENet(inputs, outputs, width, slice_axis=-1)
+
+
+class _Slices(nn.Module):
+    """A 2D network for volumes (B, C, *S)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, volume: Tensor) -> Tensor:
+        return by_slices(self.network, volume)
+
+
 NETWORKS: dict[str, Network] = {
     "unet": Network(_unet, 16, "residual U-Net, 5 levels, strided convolutions (MONAI UNet)"),
     "basicunet": Network(_basicunet, 16, "plain U-Net, 5 levels, max pooling (MONAI BasicUNet)"),
+    "attention_unet": Network(_attention_unet, 16, "U-Net with gated skips (MONAI AttentionUnet)"),
     "segresnet": Network(_segresnet, 8, "residual encoder-decoder with group norm (MONAI SegResNet)"),
+    "dynunet": Network(_dynunet, 16, "nnU-Net's plain U-Net with instance norm (MONAI DynUNet)"),
+    "vnet": Network(_vnet, 16, "V-Net, width 16 (MONAI VNet)"),
+    "coplenet": Network(_coplenet, 1, "COPLE-Net, 2D; volumes slice by slice (Wang et al., TMI 2020)"),
 }
 
 
 def get(name: str) -> Network:
     """The network of that name; ValueError lists those there are."""
+    base = name.removesuffix("-2d")
     try:
-        return NETWORKS[name]
+        network = NETWORKS[base]
     except KeyError:
         raise ValueError(f"unknown network {name!r}; choose from {', '.join(NETWORKS)}") from None
+    if base == name:
+        return network
+
+    def build_2d(dims: int, inputs: int, outputs: int, width: int) -> nn.Module:
+        flat = network.build(2, inputs, outputs, width)
+        return _Slices(flat) if dims == 3 else flat
+
+    return network._replace(build=build_2d, summary=f"{network.summary}, slice by slice")
 
 
 def build(name: str, spatial_dims: int, in_channels: int, out_channels: int, width: int = 16) -> nn.Module:

@@ -45,6 +45,8 @@ class Method(nn.Module):
     name: ClassVar[str]
     Config: ClassVar[type]
     needs: ClassVar[frozenset[str]] = frozenset()  # parts of Batch beyond the first three
+    wants: ClassVar[frozenset[str]] = frozenset()  # the same, used where the data have them
+    network_default: ClassVar[tuple[str, int]] = ("unet", 16)  # name and width, where the user names none
     plan: Plan  # set by the engine before the first step
 
     def __init__(self, config: Any, make_network: MakeNetwork, channels: int) -> None:
@@ -74,6 +76,11 @@ class Method(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Called after the optimiser's step, as for the moving average of a teacher."""
+
+    def mature(self, step: int) -> bool:
+        """Whether what `forward` gives after so many steps may be kept as the best; before that, validation is
+        only shown."""
+        return True
 
     def pixel_weights(self, batch: Batch) -> Tensor | None:
         """For the report: the weights (B, *S) that training would now give the labels of this batch, between
