@@ -37,8 +37,9 @@ class ModelSpec:
     def build(self) -> methods.Method:
         """The method with fresh networks."""
 
-        def network() -> torch.nn.Module:
-            return networks.build(self.network, self.spatial_dims, self.channels, self.outputs, self.width)
+        def network(heads: int = 1) -> torch.nn.Module:
+            outputs = heads * self.outputs
+            return networks.build(self.network, self.spatial_dims, self.channels, outputs, self.width)
 
         return methods.create(self.method, self.options, network, self.outputs)
 
