@@ -219,10 +219,37 @@ def test_the_virtual_step_can_be_the_real_one():
     assert steps[1] < steps[0] - 1e-3  # a step of Adam goes further than one of SGD with the same lr
 
 
+@pytest.mark.parametrize("name", [*LEARNED, *ANEW])
+def test_warm_up_is_plain_cross_entropy(name):
+    batch, method = batch_of(), make(name, warmup=1)
+    before = [p.detach().clone() for p in method.parameters()]
+    loss = method.training_step(batch, 0)["loss"]
+    assert loss.item() == pytest.approx(cross_entropy(method, batch).mean().item(), rel=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(before, method.parameters(), strict=True))
+    assert method.training_step(batch, 1)["loss"].item() != pytest.approx(loss.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_network_that_begins_with_little_foreground(name, channels):
+    torch.manual_seed(0)
+    network = networks.build(name, 2, 1, channels, 8)
+    networks.start_at(network, 0.02)
+    logits = network(torch.randn(2, 1, 32, 32))
+    share = logits.sigmoid().mean() if channels == 1 else logits.softmax(1)[:, 1:].sum(1).mean()
+    assert 0.005 < share < 0.08
+    with pytest.raises(ValueError, match="the network ends in no convolution with a bias"):
+        networks.start_at(torch.nn.Linear(2, 2), 0.1)
+    with pytest.raises(ValueError, match=re.escape("foreground must be between 0 and 1, got 1.0")):
+        Config(foreground=1.0).check()
+
+
 def test_bad_options():
     for name in (*LEARNED, *ANEW):
         with pytest.raises(ValueError, match="unknown virtual 'adam'; choose from sgd, real"):
             methods.configure(name, {"virtual": "adam"})
+    with pytest.raises(ValueError, match="warmup must not be negative, got -1"):
+        methods.configure("mcpm", {"warmup": "-1"})
     with pytest.raises(ValueError, match="width must be a positive integer"):
         methods.create("mcpm", {"channels": 0}, lambda: torch.nn.Conv2d(1, 1, 3), 1)
 

@@ -451,6 +451,7 @@ class _Loop:
         rate = config.lr
         self.module.train()
         total: dict[str, torch.Tensor] = {}
+        count: dict[str, int] = {}  # a method need not report every loss in every step
         for batch in self._batches(epoch):
             rate = self._set_lr()
             losses = self.module.training_step(batch, self.step)
@@ -460,9 +461,10 @@ class _Loop:
             self.method.after_step(self.step)
             for name, value in losses.items():
                 total[name] = total.get(name, 0) + value.detach()
+                count[name] = count.get(name, 0) + 1
             self.step += 1
             bars.advance(task)
-        means = {name: float(value) / self.batches for name, value in total.items()}
+        means = {name: float(value) / count[name] for name, value in total.items()}
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(
                 f"the training loss of epoch {epoch} is {means['loss']}; try a smaller lr"
