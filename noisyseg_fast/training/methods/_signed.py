@@ -87,7 +87,7 @@ def odds(logits: Tensor) -> Tensor:
     channels = logits.shape[1]
     if channels == 1:
         return logits
-    others = [logits[:, [d for d in range(channels) if d != c]].logsumexp(1) for c in range(1, channels)]
+    others = [torch.cat([logits[:, :c], logits[:, c + 1 :]], 1).logsumexp(1) for c in range(1, channels)]
     return logits[:, 1:] - torch.stack(others, 1)
 
 
