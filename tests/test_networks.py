@@ -184,7 +184,11 @@ def test_vnet_adds_its_skips():
 @pytest.mark.parametrize("norm", ["batch", "group", "instance", "none"])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_vnet_norms(norm, dims):
-    kinds = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.GroupNorm, torch.nn.modules.instancenorm._InstanceNorm)
+    kinds = (
+        torch.nn.modules.batchnorm._BatchNorm,
+        torch.nn.GroupNorm,
+        torch.nn.modules.instancenorm._InstanceNorm,
+    )
     kind = dict(zip(("batch", "group", "instance"), kinds, strict=True)).get(norm)
     network = VNet(dims, 2, 3, 4, norm=norm)
     assert sum(isinstance(m, kinds) for m in network.modules()) == (0 if kind is None else 29)
