@@ -366,6 +366,7 @@ def fuse(
         f"agreement: mean pairwise Dice {result.dice:.4f}, Fleiss' kappa {result.kappa:.4f}, "
         f"Krippendorff's alpha {result.alpha:.4f}",
         highlight=False,
+        soft_wrap=True,
     )
     _say("fused mask", out_file)
     if posterior is not None:

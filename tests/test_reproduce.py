@@ -179,4 +179,4 @@ def test_command(source, tmp_path):
     assert "results.md" in result.output
     assert "Example: noisyseg reproduce" in CliRunner().invoke(cli.app, ["reproduce", "--help"]).output
     bad = CliRunner().invoke(cli.app, ["reproduce", "none"])
-    assert bad.exit_code == 2 and bad.stderr == "noisyseg: unknown study 'none'; choose from mcpm\n"
+    assert bad.exit_code == 2 and bad.stderr == "noisyseg: unknown study 'none'; choose from mcpm, umanet\n"

@@ -40,7 +40,13 @@ def make(name, options=None, channels=1, *, steps=20, dims=2, norm=False, lr=2e-
     """Without norm, so that no image sees the others of its batch."""
     torch.manual_seed(0)
     options = {"width": 4, **(options or {})} if name == "sassnet" else options
-    method = methods.create(name, options, lambda heads=1: tiny(heads * channels, dims, norm), channels)
+    method = methods.create(
+        name,
+        options,
+        lambda heads=1: tiny(heads * channels, dims, norm),
+        channels,
+        methods.Inputs(dims, 1, 1, 4),
+    )
     method.plan = methods.Plan(torch.optim.Adam(method.trained(), lr=lr), steps, 5)
     return method
 
@@ -491,3 +497,6 @@ def test_methods_resume_to_the_bit(config, tmp_path, monkeypatch, name, options)
     a, b = (model.read_checkpoint(tmp_path / part / "last.pt")["method"] for part in ("whole", "cut"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
+    best = model.read_checkpoint(tmp_path / "whole" / "best.pt")["method"]
+    assert any("discriminator" in k for k in a) == (name == "sassnet")
+    assert not any("discriminator" in k for k in best)

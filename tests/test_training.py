@@ -68,7 +68,13 @@ def test_method_options():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_step_of_each_method_lowers_its_loss(name, channels):
     torch.manual_seed(0)
-    method = methods.create(name, None, lambda heads=1: networks.build("unet", 2, 1, heads * channels, 4), channels)
+    method = methods.create(
+        name,
+        None,
+        lambda heads=1: networks.build("unet", 2, 1, heads * channels, 4),
+        channels,
+        methods.Inputs(spatial_dims=2, channels=1, raters=2, width=4),
+    )
     label = torch.zeros(2, 32, 32, dtype=torch.uint8)
     label[:, 8:20, 8:20] = max(1, channels - 1)
     batch = {

@@ -21,14 +21,6 @@ namespace {
 
 using namespace formulas;
 
-#if defined(__AVX512F__)
-constexpr int vector_bytes = 64;
-#elif defined(__AVX2__)
-constexpr int vector_bytes = 32;
-#else
-constexpr int vector_bytes = 16;
-#endif
-
 template <class T>
 struct Simd;
 template <>

@@ -146,13 +146,6 @@ struct CeDual {
 // x. In reverse every parameter has one running sum for each lane, which go into sums in double every eight
 // tiles.
 
-#if defined(__AVX512F__)
-constexpr int vector_bytes = 64;
-#elif defined(__AVX2__)
-constexpr int vector_bytes = 32;
-#else
-constexpr int vector_bytes = 16;
-#endif
 template <class T>
 struct Simd;
 template <>

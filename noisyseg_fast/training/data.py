@@ -783,7 +783,8 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
 
     cases: may be corrupted; clean: cases that are trained on likewise but never corrupted; meta, unlabelled:
     what each item brings along, each of them equally often; raters: bring along what each rater drew (of a
-    store with raters=True); items: in an epoch, by default each case once.
+    store with raters=True); fuse: makes the label of what each rater drew (raters, *S), once for each case, or
+    returns None for the consensus; items: in an epoch, by default each case once.
     """
 
     def __init__(
@@ -798,6 +799,7 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
         clean: Sequence[Case] = (),
         meta: Sequence[Case] = (),
         unlabelled: Sequence[Case] = (),
+        fuse: Callable[[Array], Array | None] | None = None,
         items: int | None = None,
     ) -> None:
         self.cases, self.store, self.seed, self.epoch = [*cases, *clean], store, seed, 0
@@ -806,7 +808,8 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
         self.radii = np.concatenate([radii, np.zeros(len(clean), radii.dtype)])
         self.patch, self.items = patch, items or len(self.cases)
         self.raters = max(len(case.labels) for case in self.cases) if store.raters else 0
-        self._corrupted: dict[int, Array] = {}
+        self._fuse = fuse
+        self._kept: dict[int, Array] = {}  # what it took work to make
         self._crop = _random_patch(patch)
         self._places: tuple[int, dict[int, int]] = (-1, {})  # an epoch, and where in it each item stands
 
@@ -816,7 +819,7 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
     def labels(self, index: int) -> Array:
         """(1 + raters, *S) uint8: the consensus and each rater's, dilated where the case was drawn for
         corruption."""
-        labels = self._corrupted.get(index)
+        labels = self._kept.get(index)
         if labels is None:
             loaded, radius = self.store.get(self.cases[index]), float(self.radii[index])
             labels = loaded.target[None]
@@ -825,7 +828,10 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
                 labels = np.concatenate([labels, loaded.raters, absent])[: 1 + self.raters]
             if radius:
                 labels = np.stack([a if _missing(a) else noise.dilate_labels(a, radius) for a in labels])
-                self._corrupted[index] = labels
+                self._kept[index] = labels
+            fused = self._fuse(labels[1:]) if self._fuse and self.raters else None
+            if fused is not None:
+                labels = self._kept[index] = np.concatenate([fused[None], labels[1:]])
         return labels
 
     def label(self, index: int) -> Array:
@@ -861,15 +867,20 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
         return item
 
     def probe(self, index: int) -> dict[str, Any]:
-        """The same part of a case at every call, unturned: its image, label and "clean", the label before the
-        corruption."""
+        """The same part of a case at every call, unturned: its image, label, "raters" if they are brought along, and
+        "clean", the label before the corruption."""
         loaded = self.store.get(self.cases[index])
-        labels = np.stack([self.label(index), loaded.target])
+        labels = np.concatenate([self.labels(index), loaded.target[None]])
         image = loaded.image
         if image.shape[1:] != self.patch:
             image, labels = _crop(self._crop, image, labels, self.seed)
-        parts = (torch.from_numpy(np.ascontiguousarray(a)) for a in (image, *labels))
-        return {**dict(zip(("image", "label", "clean"), parts, strict=True)), "index": index}
+        parts = {"image": image, "label": labels[0], "clean": labels[-1]}
+        if self.raters:
+            parts["raters"] = labels[1:-1]
+        return {
+            **{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in parts.items()},
+            "index": index,
+        }
 
     def meta_item(self, number: int) -> dict[str, Any]:
         """The clean case that an item brings along: image, label and index, its place in the meta set."""

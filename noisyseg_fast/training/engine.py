@@ -20,7 +20,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from . import evaluate, methods, networks
 from .data import Array, Case, Data, Store, TrainingSet, check, open_data, patch_size
 from .evaluate import Summary
 from .files import write_csv, write_json, written
-from .label_errors import Found, find
+from .label_errors import Found, explained, find
 from .model import FORMAT, ModelSpec, load_model, pick_device, read_checkpoint, spec_dict, spec_of
 
 if TYPE_CHECKING:
@@ -175,6 +175,7 @@ class Result:
     pictures: list[dict[str, Any]]  # evaluate.pictures
     found: Found | None = None  # how well the method's weights tell the corrupted labels
     weights: list[dict[str, Any]] = field(default_factory=list)  # label_errors.find
+    explained: list[dict[str, Any]] = field(default_factory=list)  # label_errors.explained
 
     def run(self, name: str) -> dict[str, Any]:
         """As report.write_report takes it."""
@@ -219,16 +220,6 @@ def train(
         shape = check(data, store, lambda: bars.advance(task))
         bars.remove_task(task)
         patch = patch_size(shape, networks.get(config.network).divisor, config.patch)
-        spec = ModelSpec(
-            config.method,
-            config.network,
-            config.width,
-            shape.spatial_dims,
-            shape.channels,
-            data.classes,
-            patch,
-            dict(config.options),
-        )
         training = TrainingSet(
             data.training if config.train_on != "meta" else (),
             store,
@@ -239,7 +230,19 @@ def train(
             clean=data.meta if config.train_on != "training" else (),
             meta=data.meta if "meta" in parts else (),
             unlabelled=data.unlabelled if "unlabelled" in parts else (),
+            fuse=_fusion(config, data.classes) if "raters" in parts else None,
             items=config.epoch_batches and config.epoch_batches * config.batch_size,
+        )
+        spec = ModelSpec(
+            config.method,
+            config.network,
+            config.width,
+            shape.spatial_dims,
+            shape.channels,
+            data.classes,
+            patch,
+            dict(config.options),
+            max(1, training.raters),
         )
         loop = _Loop(config, spec, data, store, training)
         if resume:
@@ -258,6 +261,7 @@ def train(
             runs=[result.run(name)],
             overlays=overlays,
             weights={name: result.weights} if result.found else {},
+            explained=result.explained,
             notes=[
                 f"Test: {result.test.sentence(result.unit)}.",
                 f"Best epoch: {result.best_epoch}.",
@@ -265,6 +269,12 @@ def train(
             ],
         )
     return result
+
+
+def _fusion(config: Config, classes: int) -> Callable[[Array], Array | None]:
+    """The method's own way to one label of the raters' masks of a case."""
+    method, settings = methods.get(config.method), methods.configure(config.method, config.options)
+    return lambda raters: method.fuse(settings, raters, classes)
 
 
 def found_sentence(found: Found) -> str:
@@ -374,13 +384,13 @@ class _Loop:
         write_json(self.out / "config.json", content)
         write_json(self.out / "split.json", self.split())
 
-    def save(self, name: str, **more: Any) -> None:
+    def save(self, name: str, weights: Mapping[str, torch.Tensor], **more: Any) -> None:
         content = {
             "format": FORMAT,
             "version": __version__,
             "model": spec_dict(self.spec),
             "config": dataclasses.asdict(self.config),
-            "method": self.method.state_dict(),
+            "method": weights,
             "epoch": self.epoch,
             **more,
         }
@@ -390,6 +400,7 @@ class _Loop:
     def save_last(self) -> None:
         self.save(
             "last.pt",
+            self.method.state_dict(),
             optimizer=self.optimizer.state_dict(),
             optimizers={name: own.state_dict() for name, own in self.method.optimizers.items()},
             step=self.step,
@@ -487,7 +498,7 @@ class _Loop:
         first = self.best_epoch < 0 or self.mature(self.epoch) > self.mature(self.best_epoch + 1)
         if first or (val.dice > self.best and self.mature(self.epoch)):
             self.best, self.best_epoch = val.dice if math.isfinite(val.dice) else -1.0, epoch
-            self.save("best.pt")
+            self.save("best.pt", self.method.exported())
         # The history travels in last.pt, so metrics.csv can always be made whole after a crash.
         self.save_last()
         write_csv(self.out / "metrics.csv", COLUMNS, self.history)
@@ -552,6 +563,7 @@ class _Loop:
         corrupted = [self.training.cases[i].id for i in np.flatnonzero(self.training.radii >= 3)]
         looked = find(self.method, self.training, self.device, self.config.batch_size, corrupted[:4])
         found, maps = looked or (None, [])
+        told = explained(self.method, self.training, self.device, self.config.batch_size)
         content = {
             "best_epoch": self.best_epoch,
             "unit": data.unit,
@@ -571,7 +583,7 @@ class _Loop:
             ids = [*spread(data.test, 4), *corrupted[:2]]
         shown = evaluate.pictures(method, data, self.store, patch, self.device, ids, noisy)
         return Result(
-            self.config, self.out, self.history, self.best_epoch, summary, data.unit, shown, found, maps
+            self.config, self.out, self.history, self.best_epoch, summary, data.unit, shown, found, maps, told
         )
 
 

@@ -104,6 +104,41 @@ def find(
     return result, pictures
 
 
+def explained(
+    method: Method,
+    training: TrainingSet,
+    device: torch.device,
+    batch_size: int,
+    most: int = 48,
+    shown: int = 6,
+) -> list[dict[str, Any]]:
+    """What the method makes of the labels of some training cases, evenly spread; empty for most methods.
+
+    Mappings with id, facts and, for as many as are shown, image (H, W) and maps (name -> (n, H, W), the middle of what
+    the label shows of a volume).
+    """
+    chosen = np.unique(np.linspace(0, len(training) - 1, min(most, len(training))).astype(int)).tolist()
+    pictured = {chosen[i] for i in np.linspace(0, len(chosen) - 1, min(shown, len(chosen))).astype(int)}
+    found: list[dict[str, Any]] = []
+    for start in range(0, len(chosen), batch_size):
+        indices = chosen[start : start + batch_size]
+        items = [training.probe(i) for i in indices]
+        seen = method.explain(_moved(torch.utils.data.default_collate(items), device))
+        if seen is None:
+            return []
+        for i, item, one in zip(indices, items, seen, strict=True):
+            entry: dict[str, Any] = {"id": training.cases[i].id, "facts": one.facts}
+            if i in pictured:
+                planes = {"image": item["image"][0].numpy()}
+                planes |= {name: maps.detach().float().cpu().numpy() for name, maps in one.maps.items()}
+                if item["label"].ndim == 3:
+                    k = int((item["label"] > 0).sum((0, 1)).argmax())
+                    planes = {name: np.swapaxes(a[..., k], -1, -2) for name, a in planes.items()}
+                entry |= {"image": planes.pop("image"), "maps": planes}
+            found.append(entry)
+    return found
+
+
 def _with_meta(training: TrainingSet, item: dict[str, Any]) -> dict[str, Any]:
     return {**item, "meta": training.meta_item(item["index"])} if training.meta else item
 

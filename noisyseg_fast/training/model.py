@@ -28,20 +28,22 @@ class ModelSpec:
     classes: int  # background included
     patch: tuple[int, ...]
     options: Mapping[str, Any] = field(default_factory=dict)  # the method's
+    raters: int = 1  # that the method learns from one by one
 
     @property
     def outputs(self) -> int:
         """Channels of the logits: one (sigmoid) for two classes, else one for each (softmax)."""
         return 1 if self.classes == 2 else self.classes
 
-    def build(self) -> methods.Method:
-        """The method with fresh networks."""
+    def build(self, training: bool = True) -> methods.Method:
+        """The method with fresh networks; training: also those that prediction does without."""
 
         def network(heads: int = 1) -> torch.nn.Module:
             outputs = heads * self.outputs
             return networks.build(self.network, self.spatial_dims, self.channels, outputs, self.width)
 
-        return methods.create(self.method, self.options, network, self.outputs)
+        inputs = methods.Inputs(self.spatial_dims, self.channels, self.raters, self.width)
+        return methods.create(self.method, self.options, network, self.outputs, inputs, training)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -65,8 +67,10 @@ def spec_of(checkpoint: Mapping[str, Any]) -> ModelSpec:
 def load_model(checkpoint: Mapping[str, Any], device: torch.device) -> tuple[methods.Method, ModelSpec]:
     """The trained method, in evaluation mode on the device."""
     spec = spec_of(checkpoint)
-    method = spec.build()
-    method.load_state_dict(checkpoint["method"])
+    method = spec.build(training=False)
+    # last.pt holds more than that.
+    needed, state = method.state_dict(), checkpoint["method"]
+    method.load_state_dict({name: value for name, value in state.items() if name in needed})
     return method.eval().to(device), spec
 
 

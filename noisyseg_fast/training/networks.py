@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .branches import BranchedUNet
 from .cople import COPLENet, by_slices
 from .vnet import VNet
 
@@ -161,9 +162,28 @@ def build(name: str, spatial_dims: int, in_channels: int, out_channels: int, wid
     return get(name).build(spatial_dims, in_channels, out_channels, width)
 
 
+def head(network: nn.Module) -> nn.Module:
+    """The block of a network of `build` that makes the logits of the features of all the others."""
+    for name in ("final_conv", "conv_final", "output_block", "out_tr", "out_conv"):
+        if hasattr(network, name):
+            found: nn.Module = getattr(network, name)
+            return found
+    inner = getattr(network, "network", None)  # a network within another
+    if isinstance(inner, nn.Module):
+        return head(inner)
+    blocks = getattr(network, "model", None)  # MONAI's UNet and AttentionUnet
+    if not isinstance(blocks, nn.Sequential):
+        raise ValueError(f"network {type(network).__name__} has no head that is known")
+    return blocks[-1]
+
+
 def start_at(network: nn.Module, foreground: float) -> None:
     """Set the bias of the last convolution so that an untrained network begins near so much foreground, shared
     alike by the foreground classes (Lin et al., Focal Loss, ICCV 2017, sec. 3.3); else it begins near a half."""
+    if isinstance(network, BranchedUNet):
+        for decoder in network.decoders:
+            start_at(decoder, foreground)
+        return
     convolutions = [m for m in network.modules() if isinstance(m, nn.modules.conv._ConvNd)]
     bias = convolutions[-1].bias if convolutions else None
     if bias is None:

@@ -66,6 +66,7 @@ def write_report(
     overlays: Sequence[Mapping[str, Any]],
     tables: Sequence[tuple[Any, ...]] = (),
     weights: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    explained: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
 ) -> None:
     """Write report.html, whole or not at all.
@@ -74,7 +75,9 @@ def write_report(
     (measure -> its mean over the test cases). overlays: mappings with id, image (H, W) and the masks (H, W),
     nonzero inside: clean, noisy (or None) and predictions (run name -> mask). tables: (title, header, rows),
     or (title, rows as mappings). weights: run name -> mappings with id and image, clean, noisy and weight (H, W),
-    the last shown between 0 and 1 beside the true label errors. notes: sentences below the title; the first is
+    the last shown between 0 and 1 beside the true label errors. explained: what a method makes of the training labels,
+    mappings with id, facts (name -> number or text) and perhaps image (H, W) and maps (name -> (n, H, W) between 0 and
+    1). notes: sentences below the title; the first is
     the main finding.
     """
     names = [*(run["name"] for run in runs), *(name for shown in overlays for name in shown["predictions"])]
@@ -90,6 +93,8 @@ def write_report(
         parts.append("<h2>Contours</h2>" + _overlays(overlays, colours))
     if weights:
         parts.append("<h2>Pixel weights and label errors</h2>" + _weights(weights))
+    if explained:
+        parts.append("<h2>What training makes of the labels</h2>" + _explained(explained))
     for name, *content in tables:
         parts.append(f"<h2>{escape(name)}</h2>")
         parts.append(_table(*(content if len(content) == 2 else _columns(content[0]))))
@@ -216,6 +221,37 @@ def _weights(weights: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         "<li>middle: label errors, white; right: weight, black 0 to white 1</li>"
     )
     return f'<ul class="legend">{legend}</ul>\n<div class="grid curves">{"".join(elements)}</div>'
+
+
+def _explained(cases: Sequence[Mapping[str, Any]]) -> str:
+    """A row of pictures for each kind of map, below the image, and the facts of all cases."""
+    elements, names = [], dict[str, None]()
+    for case in cases:
+        if "maps" in case:
+            names |= dict.fromkeys(case["maps"])
+            facts = ", ".join(f"{name} {_cell(value)}" for name, value in case["facts"].items())
+            figure = _rows_of_maps(case["image"], case["maps"])
+            elements.append(_element(figure, ", ".join(case["maps"]), f"{case['id']}: {facts}"))
+    legend = f"<li>rows: the image, then {escape(', '.join(names))}; black 0 to white 1</li>"
+    table = _table(*_columns([{"case": case["id"], **case["facts"]} for case in cases]))
+    return f'<ul class="legend">{legend}</ul>\n<div class="grid curves">{"".join(elements)}</div>\n{table}'
+
+
+def _rows_of_maps(image: Any, maps: Mapping[str, Any]) -> Any:
+    from matplotlib.figure import Figure
+
+    rows = [np.asarray(image, np.float64)[None], *(np.asarray(planes) for planes in maps.values())]
+    wide, side = max(len(row) for row in rows), image.shape[0] / image.shape[1]
+    figure = Figure(figsize=(1.4 * wide, 1.4 * side * len(rows)), dpi=100)
+    for i, planes in enumerate(rows):
+        for j, plane in enumerate(planes):
+            axes = figure.add_axes(
+                (j / wide + 0.003, 1 - (i + 1) / len(rows), 1 / wide - 0.006, 0.98 / len(rows))
+            )
+            axes.set_axis_off()
+            low, high = (0, 1) if i else (None, None)
+            axes.imshow(plane, cmap="gray", interpolation="nearest", vmin=low, vmax=high)
+    return figure
 
 
 def _side_by_side(image: Any, clean: Any, noisy: Any, wrong: Any, weight: Any) -> Any:

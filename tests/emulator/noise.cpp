@@ -6,6 +6,8 @@
 #include <random>
 #include <vector>
 
+#include "dense.h"
+
 using namespace noisyseg;
 
 namespace {
@@ -13,21 +15,6 @@ namespace {
 const Exec host{-1, nullptr, 1}, device{0, nullptr, 0};
 std::mt19937 source(3);
 int failures = 0;
-
-template <class T>
-Array dense(std::vector<T>& values, DType dtype, const std::vector<int64_t>& shape) {
-  Array a;
-  a.data = values.data();
-  a.dtype = dtype;
-  a.rank = static_cast<int>(shape.size());
-  int64_t stride = 1;
-  for (int d = a.rank - 1; d >= 0; --d) {
-    a.shape[d] = shape[static_cast<size_t>(d)];
-    a.strides[d] = stride;
-    stride *= a.shape[d];
-  }
-  return a;
-}
 
 template <class T>
 void same(const char* what, const std::vector<T>& a, const std::vector<T>& b) {

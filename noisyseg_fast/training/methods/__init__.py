@@ -10,9 +10,21 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from .base import METHODS, Batch, Losses, MakeNetwork, Method, Plan, configure, create, get
+from .base import METHODS, Batch, Inputs, Losses, MakeNetwork, Method, Plan, Seen, configure, create, get
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f".{_module.name}", __name__)
 
-__all__ = ["METHODS", "Batch", "Losses", "MakeNetwork", "Method", "Plan", "configure", "create", "get"]
+__all__ = [
+    "METHODS",
+    "Batch",
+    "Inputs",
+    "Losses",
+    "MakeNetwork",
+    "Method",
+    "Plan",
+    "Seen",
+    "configure",
+    "create",
+    "get",
+]

@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, TypedDict
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+Array = np.ndarray[Any, Any]
 
 
 class _Batch(TypedDict):
@@ -26,6 +29,22 @@ class Batch(_Batch, total=False):
 
 Losses = dict[str, Tensor]  # scalars; "loss" is minimised, the others are only logged
 MakeNetwork = Callable[..., nn.Module]  # (heads: int = 1), so many times the outputs; see networks.TwoHeads
+
+
+class Inputs(NamedTuple):
+    """What a method may want to know to build networks of its own."""
+
+    spatial_dims: int
+    channels: int  # of the image
+    raters: int  # M of Batch["raters"]; 1 where the method does not ask for them
+    width: int  # of the user's network
+
+
+class Seen(NamedTuple):
+    """What a method makes of the labels of one image, for the report."""
+
+    facts: dict[str, float | str]
+    maps: dict[str, Tensor]  # rows of pictures, each (n, *S) between 0 and 1
 
 
 class Plan(NamedTuple):
@@ -53,11 +72,26 @@ class Method(nn.Module):
         """make_network builds the user's network; channels: its outputs, 1 (sigmoid) for two classes."""
         super().__init__()
         self.config = config
+        self.channels = channels
         self.activation = "sigmoid" if channels == 1 else "softmax"
         self.network = make_network()
         self.optimizers: dict[
             str, Optimizer
         ] = {}  # of what the method itself steps; lr falls as the engine's
+
+    def prepare(self, inputs: Inputs, make_network: MakeNetwork, training: bool) -> None:
+        """Called once after the constructor, before any weights are loaded: the place for networks that depend
+        on the data, and for those that only training needs."""
+
+    @classmethod
+    def fuse(cls, config: Any, raters: Array, classes: int) -> Array | None:
+        """The label (*S) uint8 of a whole case to train on, made once of what each rater drew; None for the
+        consensus. raters: (M, *S) uint8, 255 all over where one did not draw. Needs "raters"."""
+        return None
+
+    def exported(self) -> dict[str, Tensor]:
+        """The part of state_dict that prediction needs, which best.pt keeps: what there is without training."""
+        return self.state_dict()
 
     def trained(self) -> Iterator[nn.Parameter]:
         """The parameters that the engine's optimiser trains: those that want gradients and are in none of
@@ -85,6 +119,10 @@ class Method(nn.Module):
     def pixel_weights(self, batch: Batch) -> Tensor | None:
         """For the report: the weights (B, *S) that training would now give the labels of this batch, between
         0 and 1 for the most trusted one; None if the method weighs nothing."""
+        return None
+
+    def explain(self, batch: Batch) -> list[Seen] | None:
+        """For the report: what training now makes of the labels of each image of this batch; None for nothing."""
         return None
 
     def forward(self, image: Tensor) -> Tensor:
@@ -142,6 +180,22 @@ def _as(kind: type, value: Any, what: str) -> Any:
         raise ValueError(f"{what} must be of type {kind.__name__}, got {value!r}") from None
 
 
-def create(name: str, options: Mapping[str, Any] | None, make_network: MakeNetwork, channels: int) -> Method:
-    """A fresh method with its networks."""
-    return get(name)(configure(name, options), make_network, channels)
+def create(
+    name: str,
+    options: Mapping[str, Any] | None,
+    make_network: MakeNetwork,
+    channels: int,
+    inputs: Inputs | None = None,
+    training: bool = True,
+) -> Method:
+    """A fresh method with its networks; training: also those that prediction does without.
+
+    inputs may be left out for methods that need no raters.
+    """
+    method = get(name)(configure(name, options), make_network, channels)
+    if inputs is None:
+        if "raters" in method.needs:
+            raise ValueError(f"method {name} needs inputs, to know how many raters there are")
+        return method
+    method.prepare(inputs, make_network, training)
+    return method

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .. import ramps
 from ._signed import SignedMethod
-from .base import Batch, Losses, MakeNetwork, register
+from .base import Batch, Inputs, Losses, MakeNetwork, register
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,6 @@ class Discriminator(nn.Module):
         super().__init__()
         conv: Any = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
         dropout: Any = nn.Dropout2d if spatial_dims == 2 else nn.Dropout3d
-        self.spatial_dims = spatial_dims
         self.of_maps = conv(maps, width, 4, stride=2, padding=1)
         self.of_images = conv(channels, width, 4, stride=2, padding=1)
         self.rest = nn.Sequential(
@@ -55,10 +54,9 @@ class Discriminator(nn.Module):
         self.classifier = nn.Linear(8 * width, 2)
 
     def forward(self, maps: Tensor, images: Tensor) -> Tensor:
-        if min(images.shape[2:]) < 16 or images.ndim - 2 != self.spatial_dims:
+        if min(images.shape[2:]) < 16:
             raise ValueError(
-                f"sassnet needs patches of at least 16 in every direction and a {images.ndim - 2}D network for "
-                f"them, got a patch of {tuple(images.shape[2:])} and a {self.spatial_dims}D network"
+                f"sassnet needs patches of at least 16 in every direction, got {tuple(images.shape[2:])}"
             )
         x = self.rest(self.of_maps(maps) + self.of_images(images))
         logits: Tensor = self.classifier(x.flatten(2).mean(2))
@@ -71,15 +69,17 @@ class SASSNet(SignedMethod):
 
     Config = Config
 
-    def __init__(self, config: Any, make_network: MakeNetwork, channels: int) -> None:
-        super().__init__(config, make_network, channels)
-        first = next(m for m in self.network.modules() if isinstance(m, nn.modules.conv._ConvNd))
-        self.discriminator = Discriminator(
-            len(first.kernel_size), max(1, channels - 1), first.in_channels, config.width
-        )
-        adam = torch.optim.Adam(self.discriminator.parameters(), lr=config.lr, betas=(0.9, 0.99))
-        self.optimizers["discriminator"] = adam
+    def prepare(self, inputs: Inputs, make_network: MakeNetwork, training: bool) -> None:
         self.images: tuple[Tensor, int] | None = None  # of the step just done, and how many have labels
+        if training:
+            self.discriminator = Discriminator(
+                inputs.spatial_dims, max(1, self.channels - 1), inputs.channels, self.config.width
+            )
+            adam = torch.optim.Adam(self.discriminator.parameters(), lr=self.config.lr, betas=(0.9, 0.99))
+            self.optimizers["discriminator"] = adam
+
+    def exported(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.state_dict().items() if name.startswith("network.")}
 
     def training_step(self, batch: Batch, step: int) -> Losses:
         study = self.study(batch)

@@ -1,0 +1,33 @@
+"""Label sampling (Jensen et al., MICCAI 2019): each image is learned from one rater at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ... import labels
+from ._raters import present, segmentation_loss
+from .base import Batch, Losses, Method, register
+
+
+@dataclass(frozen=True)
+class Config:
+    """Nothing to set."""
+
+
+@register("label_sampling")
+class LabelSampling(Method):
+    """At every step one rater is drawn for each image, with equal chances among those that drew."""
+
+    Config = Config
+    needs: ClassVar[frozenset[str]] = frozenset({"raters"})
+
+    def training_step(self, batch: Batch, step: int) -> Losses:
+        raters = batch["raters"]
+        # torch's own generator, whose state checkpoints keep
+        label = labels.label_sampling(
+            raters, torch.default_generator, present=present(raters), spatial_dims=raters.ndim - 2
+        )
+        return {"loss": segmentation_loss(self(batch["image"]), label, self.activation)}
