@@ -118,8 +118,8 @@ def train(
     network: Annotated[
         str | None,
         Option(
-            help="unet, basicunet, attention_unet, segresnet, dynunet, vnet, coplenet; NAME-2d takes volumes "
-            "slice by slice. [default: unet]"
+            help="unet, basicunet, attention_unet, segresnet, dynunet, vnet, vnet_group, vnet_instance, vnet_plain, "
+            "monai_vnet, coplenet; NAME-2d takes volumes slice by slice. [default: the method's, mostly unet]"
         ),
     ] = None,
     width: Annotated[int | None, Option(help="Channels on the finest level. [default: 16]")] = None,

@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 
 from noisyseg_fast.training import networks  # noqa: E402
 from noisyseg_fast.training.cople import COPLENet, by_slices  # noqa: E402
+from noisyseg_fast.training.vnet import VNet  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -94,7 +95,7 @@ def test_volumes_go_slice_by_slice():
 @pytest.mark.parametrize("name", networks.NETWORKS)
 @pytest.mark.parametrize("dims", [2, 3])
 def test_networks(name, dims):
-    network = networks.build(name, dims, 2, 3, 16 if name == "vnet" else 8).eval()
+    network = networks.build(name, dims, 2, 3, 16 if name == "monai_vnet" else 8).eval()
     with torch.no_grad():
         assert network(torch.zeros(1, 2, *(2 * max(8, networks.get(name).divisor),) * dims)).shape == (
             1, 3, *(2 * max(8, networks.get(name).divisor),) * dims,
@@ -111,15 +112,17 @@ def test_2d_networks_on_volumes():
     ("call", "message"),
     [
         (lambda: networks.get("enet"), "unknown network 'enet'; choose from unet, basicunet"),
-        (lambda: networks.build("vnet", 2, 1, 1, 8), "width must be 16 for network vnet, which has no other"),
+        (lambda: networks.build("monai_vnet", 2, 1, 1, 8), "width must be 16 for network monai_vnet, which"),
         (
-            lambda: networks.build("vnet", 2, 3, 1, 16),
-            "vnet takes images of 1, 2, 4, 8 or 16 channels, not 3",
+            lambda: networks.build("monai_vnet", 2, 3, 1, 16),
+            "monai_vnet takes images of 1, 2, 4, 8 or 16 channels, not 3",
         ),
         (
             lambda: networks.build("segresnet", 2, 1, 1, 12),
             "width must be a multiple of 8 for network segresnet",
         ),
+        (lambda: VNet(1), "spatial_dims must be 2 or 3, got 1"),
+        (lambda: VNet(norm="layer"), "norm must be one of batch, group, instance, none, got 'layer'"),
         (lambda: COPLENet(width=5), "width must be an even number from 4 up for COPLE-Net, got 5"),
     ],
 )
@@ -146,3 +149,76 @@ def test_coplenet_compiles_without_graph_breaks():
     x = torch.randn(1, 1, 20, 32)
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     assert torch.allclose(compiled(x), network(x), atol=1e-4)
+
+
+# ---- V-Net and two heads --------------------------------------------------------------------------
+
+
+def test_vnet_is_the_left_atrium_scripts():
+    network = VNet(3, 1, 2)  # one class, both heads
+    assert count(network) == 9_448_866  # networks/vnet_sdf.py of DTML, batch norm
+    shapes = {name: tuple(v.shape) for name, v in network.state_dict().items()}
+    assert shapes["block_one.conv.0.weight"] == (16, 1, 3, 3, 3)
+    assert shapes["block_three.conv.6.weight"] == (64, 64, 3, 3, 3)
+    assert shapes["block_four_dw.conv.0.weight"] == (256, 128, 2, 2, 2)
+    assert shapes["block_five.conv.7.running_var"] == (256,)
+    assert shapes["block_five_up.conv.0.weight"] == (256, 128, 2, 2, 2)
+    assert shapes["block_eight.conv.4.weight"] == (32,)
+    assert shapes["out_conv.weight"] == (2, 16, 1, 1, 1)
+    assert count(networks.build("vnet", 3, 1, 2)) == count(network)
+
+
+def test_vnet_adds_its_skips():
+    torch.manual_seed(0)
+    network = VNet(2, 1, 1, 4, norm="none").eval()
+    x = torch.randn(1, 1, 16, 32)
+    for level in ("eight", "seven", "six", "five"):
+        last = getattr(network, f"block_{level}_up").conv[0]
+        torch.nn.init.zeros_(last.weight), torch.nn.init.zeros_(last.bias)
+    expected = network.out_conv(network.block_nine(network.block_one(x)))
+    assert torch.allclose(network(x), expected, atol=1e-6)
+    torch.nn.init.ones_(network.block_eight_up.conv[0].weight)
+    assert not torch.allclose(network(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "instance", "none"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_vnet_norms(norm, dims):
+    kinds = (
+        torch.nn.modules.batchnorm._BatchNorm,
+        torch.nn.GroupNorm,
+        torch.nn.modules.instancenorm._InstanceNorm,
+    )
+    kind = dict(zip(("batch", "group", "instance"), kinds, strict=True)).get(norm)
+    network = VNet(dims, 2, 3, 4, norm=norm)
+    assert sum(isinstance(m, kinds) for m in network.modules()) == (0 if kind is None else 29)
+    assert kind is None or all(isinstance(m, kind) for m in network.modules() if isinstance(m, kinds))
+    assert network(torch.randn(2, 2, *(32,) * dims)).shape == (2, 3, *(32,) * dims)
+
+
+def test_vnet_drops_whole_channels_in_training_alone():
+    torch.manual_seed(0)
+    network, x = VNet(2, 1, 1, 4, norm="none"), torch.randn(1, 1, 32, 32)
+    assert not torch.equal(network(x), network(x))
+    network.eval()
+    assert torch.equal(network(x), network(x))
+    assert isinstance(VNet(3, 1, 1, 4).dropout, torch.nn.Dropout3d)
+
+
+@pytest.mark.parametrize("name", ["unet", "basicunet", "segresnet", "vnet", "coplenet"])
+def test_a_second_head_on_any_network(name):
+    torch.manual_seed(0)
+    inner = networks.build(name, 2, 1, 4, 8).eval()
+    logits, maps = networks.TwoHeads(inner)(x := torch.randn(1, 1, 32, 32))
+    both = inner(x)
+    assert torch.equal(logits, both[:, :2])
+    assert torch.equal(maps, both[:, 2:].tanh())
+
+
+def test_the_first_share_of_foreground_leaves_the_maps_alone():
+    network = networks.TwoHeads(networks.build("vnet", 2, 1, 2, 4))
+    before = network.network.out_conv.bias[1].item()
+    networks.start_at(network, 0.1)
+    bias = network.network.out_conv.bias
+    assert bias[0].sigmoid().item() == pytest.approx(0.1)
+    assert bias[1].item() == before

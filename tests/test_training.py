@@ -71,7 +71,7 @@ def test_a_step_of_each_method_lowers_its_loss(name, channels):
     method = methods.create(
         name,
         None,
-        lambda: networks.build("unet", 2, 1, channels, 4),
+        lambda heads=1: networks.build("unet", 2, 1, heads * channels, 4),
         channels,
         methods.Inputs(spatial_dims=2, channels=1, raters=2, width=4),
     )

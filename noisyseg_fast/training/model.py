@@ -38,8 +38,9 @@ class ModelSpec:
     def build(self, training: bool = True) -> methods.Method:
         """The method with fresh networks; training: also those that prediction does without."""
 
-        def network() -> torch.nn.Module:
-            return networks.build(self.network, self.spatial_dims, self.channels, self.outputs, self.width)
+        def network(heads: int = 1) -> torch.nn.Module:
+            outputs = heads * self.outputs
+            return networks.build(self.network, self.spatial_dims, self.channels, outputs, self.width)
 
         inputs = methods.Inputs(self.spatial_dims, self.channels, self.raters, self.width)
         return methods.create(self.method, self.options, network, self.outputs, inputs, training)

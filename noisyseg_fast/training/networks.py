@@ -1,7 +1,7 @@
-"""Networks by name, for 2D and 3D: COPLE-Net and MONAI's.
+"""Networks by name, for 2D and 3D: COPLE-Net, the Left Atrium scripts' V-Net and MONAI's.
 
 The settings are MONAI's defaults; `width` is the number of channels on the finest level. NAME-2d is network
-NAME in 2D, which takes volumes slice by slice across their last axis.
+NAME in 2D, which takes volumes slice by slice across their last axis. TwoHeads gives any of them a second head.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .branches import BranchedUNet
 from .cople import COPLENet, by_slices
+from .vnet import VNet
 
 Builder = Callable[[int, int, int, int], nn.Module]
 
@@ -75,19 +76,39 @@ def _dynunet(dims: int, inputs: int, outputs: int, width: int) -> nn.Module:
     return network
 
 
-def _vnet(dims: int, inputs: int, outputs: int, width: int) -> nn.Module:
+def _vnet(norm: str) -> Builder:
+    return lambda dims, inputs, outputs, width: VNet(dims, inputs, outputs, width, norm=norm)
+
+
+def _monai_vnet(dims: int, inputs: int, outputs: int, width: int) -> nn.Module:
     from monai.networks.nets import VNet
 
     if width != 16:
-        raise ValueError(f"width must be 16 for network vnet, which has no other, got {width}")
+        raise ValueError(f"width must be 16 for network monai_vnet, which has no other, got {width}")
     if 16 % inputs:
-        raise ValueError(f"network vnet takes images of 1, 2, 4, 8 or 16 channels, not {inputs}")
+        raise ValueError(f"network monai_vnet takes images of 1, 2, 4, 8 or 16 channels, not {inputs}")
     network: nn.Module = VNet(dims, inputs, outputs, dropout_dim=dims)
     return network
 
 
 def _coplenet(dims: int, inputs: int, outputs: int, width: int) -> nn.Module:
     return COPLENet(inputs, outputs, width, slice_axis=-1)
+
+
+class TwoHeads(nn.Module):
+    """Logits (B, C, *S) and signed distance maps (B, C, *S) in [-1, 1], float32, of one network with 2 C outputs.
+
+    Whatever the network, its last layer makes both from the same features: the first C outputs are the logits, the
+    others the maps, through tanh.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        logits, maps = self.network(image).chunk(2, 1)
+        return logits, maps.float().tanh()
 
 
 class _Slices(nn.Module):
@@ -107,7 +128,11 @@ NETWORKS: dict[str, Network] = {
     "attention_unet": Network(_attention_unet, 16, "U-Net with gated skips (MONAI AttentionUnet)"),
     "segresnet": Network(_segresnet, 8, "residual encoder-decoder with group norm (MONAI SegResNet)"),
     "dynunet": Network(_dynunet, 16, "nnU-Net's plain U-Net with instance norm (MONAI DynUNet)"),
-    "vnet": Network(_vnet, 16, "V-Net, width 16 (MONAI VNet)"),
+    "vnet": Network(_vnet("batch"), 16, "V-Net with batch norm, as in UA-MT, SASSNet, DTC and DTML"),
+    "vnet_group": Network(_vnet("group"), 16, "the same with group norm"),
+    "vnet_instance": Network(_vnet("instance"), 16, "the same with instance norm"),
+    "vnet_plain": Network(_vnet("none"), 16, "the same without norm"),
+    "monai_vnet": Network(_monai_vnet, 16, "V-Net, width 16 (MONAI VNet)"),
     "coplenet": Network(_coplenet, 1, "COPLE-Net, 2D; volumes slice by slice (Wang et al., TMI 2020)"),
 }
 
@@ -164,6 +189,8 @@ def start_at(network: nn.Module, foreground: float) -> None:
     if bias is None:
         raise ValueError("the network ends in no convolution with a bias, so foreground cannot be set")
     with torch.no_grad():
+        if isinstance(network, TwoHeads):
+            bias = bias[: len(bias) // 2]  # a view
         if len(bias) == 1:
             bias.fill_(math.log(foreground / (1 - foreground)))
         else:

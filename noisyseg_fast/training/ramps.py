@@ -8,9 +8,14 @@ import math
 def gaussian(step: float, length: float) -> float:
     """exp(-5 (1 - t)^2), t = step / length clipped to [0, 1] (Laine and Aila 2017; UA-MT's "sigmoid_rampup").
 
-    From 0.0067 at step 0. DTML prints the exponent without the square; every code squares it.
+    From 0.0067 at step 0. Every code has this one.
     """
     return math.exp(-5 * (1 - linear(step, length)) ** 2)
+
+
+def exponential(step: float, length: float) -> float:
+    """exp(-5 (1 - t)): as DTML prints it (sec. 3.2), without the square. It is never above the Gaussian."""
+    return math.exp(-5 * (1 - linear(step, length)))
 
 
 def linear(step: float, length: float) -> float:

@@ -28,7 +28,7 @@ class Batch(_Batch, total=False):
 
 
 Losses = dict[str, Tensor]  # scalars; "loss" is minimised, the others are only logged
-MakeNetwork = Callable[[], nn.Module]
+MakeNetwork = Callable[..., nn.Module]  # (heads: int = 1), so many times the outputs; see networks.TwoHeads
 
 
 class Inputs(NamedTuple):
