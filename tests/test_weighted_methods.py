@@ -233,7 +233,7 @@ def test_warm_up_is_plain_cross_entropy(name):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_network_that_begins_with_little_foreground(name, channels):
     torch.manual_seed(0)
-    network = networks.build(name, 2, 1, channels, 16 if name == "vnet" else 8)
+    network = networks.build(name, 2, 1, channels, 16 if name == "monai_vnet" else 8)
     networks.start_at(network, 0.02)
     logits = network(torch.randn(2, 1, 32, 32))
     share = logits.sigmoid().mean() if channels == 1 else logits.softmax(1)[:, 1:].sum(1).mean()
