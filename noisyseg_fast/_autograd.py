@@ -33,7 +33,7 @@ def loss(arrays: Arrays, options: Options, reduction: int) -> Tensor:
         return compiled
     keep = needed and logits.requires_grad
     if not keep and not _transforms_active() and forward_ad._current_level < 0:
-        value: Tensor = losses.forward(_arrays.of(logits=logits), arrays, options, reduction)[0]
+        value: Tensor = losses.forward(_arrays.of_torch(logits), arrays, options, reduction)[0]
         return value
     eager: Tensor = _Loss.call(*arrays, options, reduction, keep)[0]
     return eager
@@ -111,7 +111,7 @@ class _Loss(_Function):
         reduction: int,
         keep: bool,
     ) -> Any:
-        space = _arrays.of(logits=logits)
+        space = _arrays.of_torch(logits)
         keep = keep and logits.dtype == torch.float32 and not options.region and reduction < 2
         memory = space.empty_like(logits) if keep else None
         arrays = (logits, target, weight, mask, class_weight)
@@ -134,7 +134,7 @@ class _Loss(_Function):
             return (None,) * 8
         kept, ctx.kept = ctx.kept, None  # good for one gradient: it becomes that
         if kept is not None and not torch.is_grad_enabled() and not _transforms_active():
-            space = _arrays.of(logits=arrays[0])
+            space = _arrays.of_torch(arrays[0])
             grad = losses.backward(space, arrays, ctx.options, ctx.reduction, grad_loss, sums, kept, True)
         else:
             grad = _Grad.call(grad_loss, sums, *arrays, ctx.options, ctx.reduction)
@@ -165,7 +165,7 @@ class _Grad(_Function):
         options: Options,
         reduction: int,
     ) -> Any:
-        space, arrays = _arrays.of(logits=logits), (logits, target, weight, mask, class_weight)
+        space, arrays = _arrays.of_torch(logits), (logits, target, weight, mask, class_weight)
         if sums is None:
             sums = losses.forward(space, arrays, options, reduction)[1]
         return losses.backward(space, arrays, options, reduction, grad_loss, sums)
@@ -202,7 +202,7 @@ class _Tangent(_Function):
     @staticmethod
     def forward(logits_dot: Any, *arguments: Any) -> Any:
         arrays, (options, reduction) = arguments[:5], arguments[5:]
-        space = _arrays.of(logits=arrays[0])
+        space = _arrays.of_torch(arrays[0])
         return losses.tangent(space, arrays, options, reduction, logits_dot)[0]
 
     @staticmethod

@@ -17,10 +17,10 @@ from .several import hard, labelled
 
 @dataclass(frozen=True)
 class Config:
-    loss: str = "ce"  # any plain one; Bai et al.
-    rounds: int = 3  # of new pseudo-labels, in equal parts of the run after the start; Bai et al.
+    loss: str = "ce"  # any plain one; ours
+    rounds: int = 3  # of new pseudo-labels, in equal parts of the run after the start; ours
     start: float = 0.25  # share of the run with the given labels alone; the paper trains until convergence
-    weight: float = 1.0  # of the pixels with pseudo-labels; Bai et al.
+    weight: float = 1.0  # of the pixels with pseudo-labels; ours
 
 
 @register("self_learning")

@@ -1,4 +1,5 @@
-"""Two streams that learn where they disagree (Min et al., AAAI 2019; without their attention modules)."""
+"""Two streams that learn where they disagree (Min et al. 2018, as the review's section 4.4.2
+describes it; without attention modules)."""
 
 from __future__ import annotations
 
