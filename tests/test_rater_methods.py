@@ -497,7 +497,7 @@ def test_study_of_umanet(tmp_path):
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_head_makes_the_logits_of_any_network(name):
     for full, dims in ((name, 2), (f"{name}-2d", 3)):
-        width = 16 if name == "vnet" else 8
+        width = 16 if name == "monai_vnet" else 8
         network = networks.build(full, dims, 1, 2, width).eval()
         image, seen = torch.randn(1, 1, *(32,) * dims), []
         hook = networks.head(network).register_forward_hook(lambda *parts, seen=seen: seen.append(parts[2]))
@@ -507,7 +507,7 @@ def test_head_makes_the_logits_of_any_network(name):
         assert torch.equal(seen[0].flatten().sort().values, logits.flatten().sort().values)
         if dims == 3:
             continue
-        method = build(network=name, warmup=0.0) if name != "vnet" else None
+        method = build(network=name, warmup=0.0) if name != "monai_vnet" else None
         if method is not None:
             assert torch.isfinite(method.training_step(scene(), 5)["loss"])
 
