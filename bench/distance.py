@@ -94,6 +94,14 @@ def ball(shape: Sequence[int]) -> Mask:
     return ((place**2).sum(0) < 0.98).astype(np.uint8)[None].repeat(shape[0], 0)
 
 
+def empty(shape: Sequence[int]) -> Mask:
+    return np.zeros(shape, np.uint8)
+
+
+def full(shape: Sequence[int]) -> Mask:
+    return np.ones(shape, np.uint8)
+
+
 HARD: dict[str, Callable[[Sequence[int]], Mask]] = {
     "one hole": one_hole,
     "one voxel": speck,
@@ -105,8 +113,9 @@ HARD: dict[str, Callable[[Sequence[int]], Mask]] = {
     "1 %": specks,
     "99 %": holes,
     "ball": ball,
+    "empty": empty,
+    "full": full,
 }
-# An image of one class has no row: SciPy, the oracle, measures to a voxel that does not exist there.
 
 
 def unsigned(mask: Mask, what: str = "", *, spacing: Any = None, device: str, headline: bool = False) -> Case:

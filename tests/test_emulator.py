@@ -47,8 +47,10 @@ def run(sanitizer: str, program: str, *arguments: str, **settings: str) -> subpr
 
 
 def kernels(family: str) -> set[str]:
-    """The names of the kernels in the family's .cu file."""
+    """The names of the kernels in the family's .cu file and in the headers beside it that it includes."""
     text = (ROOT / "csrc" / "cuda" / f"{family}.cu").read_text()
+    for header in re.findall(r'#include "(?:cuda/)?(\w+\.cuh)"', text):
+        text += (ROOT / "csrc" / "cuda" / header).read_text()
     text = re.sub(r"//[^\n]*|__launch_bounds__\s*\([^)]*\)", "", text)
     return set(re.findall(r"__global__[^;{(]*?\b(\w+)\s*\(", text))
 

@@ -11,6 +11,7 @@ pytest.importorskip("lightning")
 torch = pytest.importorskip("torch")
 
 from folders import blob, nifti_folder, save_nifti  # noqa: E402
+from resuming import whole_and_cut  # noqa: E402
 from test_methods_noisy import HostSync, some_batch, step  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -480,21 +481,8 @@ def config(tmp_path_factory):
 )
 def test_methods_resume_to_the_bit(config, tmp_path, monkeypatch, name, options):
     run = replace(config, method=name, options=options)
-    whole = engine.train(replace(run, out=str(tmp_path / "whole")), report=False)
+    whole, a, b = whole_and_cut(run, tmp_path, monkeypatch)
     assert whole.config.network == ("unet" if name == "boundary" else "vnet")
-    save = engine._Loop.save_last
-
-    def save_and_stop(self):
-        save(self)
-        if self.epoch == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine._Loop, "save_last", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            engine.train(replace(run, out=str(tmp_path / "cut")), report=False)
-    engine.train(engine.read_config(tmp_path / "cut"), resume=True, report=False)
-    a, b = (model.read_checkpoint(tmp_path / part / "last.pt")["method"] for part in ("whole", "cut"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
     best = model.read_checkpoint(tmp_path / "whole" / "best.pt")["method"]

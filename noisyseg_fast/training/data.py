@@ -54,6 +54,7 @@ import torch
 
 from .. import noise
 from .. import sample as sample_data
+from ..labels import majority_vote
 
 SUFFIXES = (".nii.gz", ".nii", ".png")
 MISSING = 255  # in a label: nobody drew here
@@ -165,15 +166,16 @@ def consensus(labels: Array, classes: int = 2) -> Array:
     labels: (raters, *S) integers in 0..classes-1, or MISSING, which does not vote; returns (*S) uint8. With
     two classes: foreground where at least half of the raters drew it.
     """
-    best = np.zeros(labels.shape[1:], dtype=np.uint8)
-    votes = (labels == 0).sum(0)
-    for label in range(1, classes):
-        count = (labels == label).sum(0)
-        wins = count >= votes
-        wins &= count > 0
-        best[wins] = label
-        votes = np.where(wins, count, votes)
-    return best
+    if not len(labels):
+        return np.zeros(labels.shape[1:], dtype=np.uint8)
+    fused: Array = majority_vote(
+        labels.astype(np.uint8, copy=False),
+        tie="highest",
+        num_classes=classes,
+        missing=MISSING,
+        spatial_dims=labels.ndim - 1,
+    )
+    return fused
 
 
 def load(case: Case, classes: int = 2) -> Loaded:
