@@ -135,15 +135,5 @@ __device__ inline Dual<double> sum_of_block(Dual<double> x) {
   return {value, sum_of_block(x.slope)};
 }
 
-// sums (B, values) from partial sums (B, parts, values). Grid (values, B).
-__global__ void __launch_bounds__(block_threads)
-    add_parts(const double* partial, int64_t parts, double* sums) {
-  const int64_t v = blockIdx.x, values = gridDim.x, b = blockIdx.y;
-  double total = 0;
-  for (int64_t i = threadIdx.x; i < parts; i += block_threads) total += partial[(b * parts + i) * values + v];
-  total = sum_of_block(total);
-  if (threadIdx.x == 0) sums[b * values + v] = total;
-}
-
 }  // namespace
 }  // namespace noisyseg::cuda
