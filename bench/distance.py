@@ -37,8 +37,14 @@ def cases(device: str, quick: bool) -> Iterator[Callable[[], Case]]:
     yield lambda: signed(blobs((4, 112, 112, 80)), spacing=(3, 1, 1), device=device)
     for shape in ((32, 256, 256), (4, 112, 112, 80)):
         for name, make in HARD.items():
-            yield lambda shape=shape, name=name, make=make: unsigned(make(shape), name, device=device)
-            yield lambda shape=shape, name=name, make=make: signed(make(shape), name, device=device)
+            one_class = make in (
+                empty,
+                full,
+            )  # judged by edt, on the CPU; no peer's signed map is defined there
+            if device == "cpu" or not one_class:
+                yield lambda shape=shape, name=name, make=make: unsigned(make(shape), name, device=device)
+            if not one_class:
+                yield lambda shape=shape, name=name, make=make: signed(make(shape), name, device=device)
 
 
 def one_hole(shape: Sequence[int]) -> Mask:
