@@ -307,10 +307,10 @@ def predict(
 
 @app.command()
 def reproduce(
-    study: Annotated[str, typer.Argument(help="Which: mcpm.")],
+    study: Annotated[str, typer.Argument(help="Which: mcpm, umanet or dtml.")],
     data: Annotated[str, Option(help=SOURCE, metavar=METAVAR)] = "sample",
     seeds: Annotated[int, Option(help="How many, from 0.")] = 3,
-    budget: Annotated[int, Option(help="Iterations of every run.")] = 500,
+    budget: Annotated[int | None, Option(help="Iterations of every run. [default: the study's]")] = None,
     arm: Annotated[list[str] | None, Option(help="Only this arm; repeatable. [default: the paper's]")] = None,
     folder: Annotated[Path | None, Option("--out", help="[default: runs/STUDY]")] = None,
     quick: Annotated[bool, Option("--quick", help="Tiny runs, to try the machinery.")] = False,
@@ -318,6 +318,9 @@ def reproduce(
     """Repeat a paper's comparison, with the same budget for all arms. Interrupted, it goes on when called again.
 
     Example: `noisyseg reproduce mcpm --data lidc2d_64.npz --seeds 3 --out runs/mcpm`
+
+    Example: `noisyseg reproduce dtml --data DIR`, where DIR holds train.list, test.list and the Left Atrium 2018 cases:
+    the paper's experiment
     """
     from .training import reproduce as studies
 
@@ -328,7 +331,7 @@ def reproduce(
             folder,
             data=data,
             seeds=seeds,
-            budget=min(budget, 4) if quick else budget,
+            budget=min(budget or 4, 4) if quick else budget,
             arms=arm or (),
             quick=quick,
             console=out,

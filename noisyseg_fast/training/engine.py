@@ -22,6 +22,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -361,9 +362,10 @@ class _Loop:
         self.method = spec.build()
         if config.foreground is not None:
             networks.start_at(self.method.network, config.foreground)
-        sgd = config.optimizer == "sgd"
-        kind, more = (torch.optim.SGD, {"momentum": 0.9}) if sgd else (torch.optim.Adam, {})
-        optimizer = kind(self.method.trained(), lr=config.lr, weight_decay=config.weight_decay, **more)
+        kind: Any = torch.optim.Adam
+        if config.optimizer == "sgd":
+            kind = partial(torch.optim.SGD, momentum=0.9)
+        optimizer = kind(self.method.trained(), lr=config.lr, weight_decay=config.weight_decay)
         self.batches = -(-training.items // config.batch_size)  # of an epoch
         self.method.plan = methods.Plan(optimizer, config.epochs * self.batches, self.batches)
         self.own_lr = {  # of the method's own optimisers, before any decay

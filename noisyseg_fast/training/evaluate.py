@@ -90,11 +90,23 @@ def score(
             scores.append(Score(case, label, value, value, none, none, none, none, empty))
             continue
         overlap = metrics.overlap_metrics(p, t)
-        distances = []
-        for unit in (tuple(spacing), (1.0,) * p.ndim):
-            surface = metrics.surface_metrics(p, t, unit, definition="monai", percentile=95)
-            distances += [float(surface.hd_percentile), float(surface.asd)]
-        scores.append(Score(case, label, float(overlap.dice), float(overlap.jaccard), *distances, empty))
+        here, voxels = (
+            metrics.surface_metrics(p, t, unit, definition="monai", percentile=95)
+            for unit in (tuple(spacing), None)
+        )
+        scores.append(
+            Score(
+                case,
+                label,
+                float(overlap.dice),
+                float(overlap.jaccard),
+                float(here.hd_percentile),
+                float(here.asd),
+                float(voxels.hd_percentile),
+                float(voxels.asd),
+                empty,
+            )
+        )
     return scores
 
 
