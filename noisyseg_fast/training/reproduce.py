@@ -568,14 +568,16 @@ _UMANET = Study(
 )
 
 
-def _cropping(settings: Config, classes: int) -> Callable[[list[Case]], list[Case]]:
+def _cropping(
+    settings: Config, classes: int, margin: tuple[int, int] = atrium.MARGIN
+) -> Callable[[list[Case]], list[Case]]:
     """Crops cases around their objects, to at least the patch, alike whatever the split."""
     assert settings.patch is not None
     smallest = settings.patch
 
     def cropped(cases: list[Case]) -> list[Case]:
         return [
-            atrium.boxed(case, classes, smallest, np.random.default_rng(zlib.crc32(case.id.encode())))
+            atrium.boxed(case, classes, smallest, np.random.default_rng(zlib.crc32(case.id.encode())), margin)
             for case in cases
         ]
 
@@ -586,7 +588,7 @@ def _few_labels(settings: Config) -> Data:
     """Volumes cropped around their objects; a fifth of the training patients keep their labels, and the others are the
     unlabelled images and, with their labels, the meta set, which the upper bound trains on, too."""
     data = open_data(settings.data, validation=settings.validation, test=settings.test, seed=settings.seed)
-    cropped = _cropping(settings, data.classes)
+    cropped = _cropping(settings, data.classes, margin=(0, 8))  # nodules are a tenth of a left atrium's size
     patients = sorted({case.patient for case in data.training})
     if len(patients) < 2:
         raise ValueError(
@@ -707,7 +709,7 @@ _DTML = Study(
         width=4,
         batch_size=2,
         lr=3e-3,
-        patch=(48, 48, 16),
+        patch=(32, 32, 16),
         spacing=(0.7, 0.7, 0.7),
         validation=0.06,
         test=0.28,
