@@ -821,7 +821,7 @@ _DTML = Study(
         network="vnet",
         width=4,
         batch_size=2,
-        lr=3e-3,
+        lr=1e-2,
         patch=(32, 32, 16),
         spacing=(0.7, 0.7, 0.7),
         validation=0.06,
@@ -837,10 +837,28 @@ _DTML = Study(
     main_arm="dtml",
     splits=True,
     measures=_DISTANCES,
-    budget=300,
-    epochs=3,
+    budget=400,
+    epochs=4,
     quick={"width": 4, "batch_size": 1, "patch": (32, 32, 16)},
     paper=_TABLE_3,
+    notes=(
+        "The data: the paper's figures are of the left atrium in 100 MR scans, 16 labelled and 64 not; here 36 "
+        "lung nodules in CT, of 36 patients, 5 labelled and 19 not, 2 to validate and 10 to test, split by "
+        "patient anew for each seed. The reference is the consensus of four radiologists (at least two of them). "
+        "ASD and HD95 are in mm, the paper's in voxels of 0.625 mm. With the Left Atrium set as --data the study "
+        "takes the paper's settings.",
+        "The budget and the size: the paper trains V-Nets of width 16 for 6000 iterations with SGD on patches of "
+        "112x112x80; here the patches are 32x32x16 voxels of 0.7 mm, to which the volumes are resampled; scores "
+        "are those on the volumes' own grid.",
+        "Every step takes four patches, two with labels and two without; in the two bounds all four have labels.",
+        "The volumes are cropped in the plane to the nodule's box, or to the patch where that is larger, and 0 to "
+        "7 voxels more on every side, at random; the axis across the slices comes without empty margin. The "
+        "authors cropped to the box and 10 to 19 voxels of an object ten times as large. Both know the labels of "
+        "all volumes, and so does whoever is shown a crop that holds a nodule.",
+        "lr was chosen by the lower bound alone, on the validation part of another split (seed 7), as the better "
+        "of 3e-3 and 1e-2.",
+        "ASDNet, TCSE and double uncertainty, the other rows of Table 3, are not among the arms.",
+    ),
 )
 
 STUDIES: dict[str, Study] = {
