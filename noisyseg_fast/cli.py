@@ -307,7 +307,7 @@ def predict(
 
 @app.command()
 def reproduce(
-    study: Annotated[str, typer.Argument(help="Which: mcpm, umanet or dtml.")],
+    study: Annotated[str, typer.Argument(help="Which: mcpm, umanet, coplenet or dtml.")],
     data: Annotated[str, Option(help=SOURCE, metavar=METAVAR)] = "sample",
     seeds: Annotated[int, Option(help="How many, from 0.")] = 3,
     budget: Annotated[int | None, Option(help="Iterations of every run. [default: the study's]")] = None,

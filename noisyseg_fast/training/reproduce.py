@@ -855,8 +855,8 @@ _DTML = Study(
         "7 voxels more on every side, at random; the axis across the slices comes without empty margin. The "
         "authors cropped to the box and 10 to 19 voxels of an object ten times as large. Both know the labels of "
         "all volumes, and so does whoever is shown a crop that holds a nodule.",
-        "lr was chosen by the lower bound alone, on the validation part of another split (seed 7), as the better "
-        "of 3e-3 and 1e-2.",
+        "lr was chosen by the lower bound alone, on another split of the same patients (seed 7, 300 iterations): its "
+        "test Dice was 0.40 with 1e-2 and 0.34 with 3e-3.",
         "ASDNet, TCSE and double uncertainty, the other rows of Table 3, are not among the arms.",
     ),
 )
