@@ -17,7 +17,7 @@ from ...losses import dice_loss
 from ...task_losses import DualTaskTerms, dual_task_loss
 from ..networks import TwoHeads
 from .base import Batch, MakeNetwork, Method
-from .several import ensemble, labelled, mean_over
+from .several import each_class, ensemble, mean_over
 
 TESTED = ("segmentation", "distance", "mean")
 
@@ -118,9 +118,7 @@ class SignedMethod(Method):
         images = torch.cat([image, batch["unlabelled"]]) if "unlabelled" in batch else image
         logits, maps = self.both(images)
         first = int(logits.shape[1] > 1)  # the background's map is not used
-        classes = range(1, logits.shape[1] + 1 - first)
-        target = torch.stack([label == c for c in classes], 1).to(torch.uint8)
-        known = labelled(label)[:, None].expand_as(target)
+        target, known = each_class(label, logits.shape[1])
         return Study(images, odds(logits), maps[:, first:], target, known)
 
     def forward(self, image: Tensor) -> Tensor:
