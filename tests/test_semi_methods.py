@@ -123,18 +123,19 @@ def test_no_step_waits_for_the_device(name, monkeypatch):
             method.after_step(number)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(
+    "name", [*SEMI, "star_shape"]
+)  # a boundary predicted there bounds hausdorff_dt's others
 def test_pixels_without_a_label_do_not_count(name):
-    options = {"consistency": 0.0, "asdnet": 0.0}
     options = {"adversarial": 0.0} if name == "asdnet" else {"consistency": 0.0} if name in SEMI else {}
     batch, method = some_batch(), make(name, options)
     batch["label"][:, :6] = 255
     loss = method.training_step(batch, 9)["loss"]
     image = batch["image"].clone()
     image[:, :, :2] += 1  # seen only by pixels without a label
-    if name == "hausdorff_dt":  # the prediction's boundary may be anywhere
-        image = image.clamp(max=batch["image"][:, :, :2].max())
-    assert method.training_step({**batch, "image": image}, 9)["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert method.training_step({**batch, "image": image}, 9)["loss"].item() == pytest.approx(
+        loss.item(), rel=1e-6
+    )
 
 
 # ---- TCSE -----------------------------------------------------------------------------------------
@@ -214,9 +215,7 @@ def test_tcse_asks_that_the_prediction_moves_with_the_image():
 
 def test_asdnet_is_its_reference():
     batch = semi()
-    method = make(
-        "asdnet", {"loss": "ce", "adversarial": 0.3, "semi": 0.2, "threshold": 0.5, "attention": 2.0}
-    )
+    method = make("asdnet", {"loss": "ce", "adversarial": 0.3, "semi": 0.2, "attention": 2.0})
     image = torch.cat([batch["image"], batch["unlabelled"]])
     with torch.no_grad():
         logits = method.network(image)
@@ -226,7 +225,9 @@ def test_asdnet_is_its_reference():
     dice = (2 * (p * y).sum((1, 2)) + 1e-5) / ((p**2).sum((1, 2)) + (y**2).sum((1, 2)) + 1e-5)
     given = ((1 - dice) ** 2 * ce).mean()
     mislead = -confidence.sigmoid().log().mean()
-    trusted = confidence[3:, 0].sigmoid() >= 0.5
+    threshold = confidence[3:].sigmoid().median().item()
+    method.config = replace(method.config, threshold=threshold)
+    trusted = confidence[3:, 0].sigmoid() >= threshold
     assert 0 < trusted.float().mean() < 1
     believed = logits[3:, 0].abs()
     semi_loss = -believed.sigmoid().log()[trusted].mean()
@@ -413,18 +414,10 @@ def test_star_shape_is_its_reference(dims, masked):
     y[1, 1] = 0
     s = rng.random(y.shape)
     mask = rng.random(y.shape) < 0.8 if masked else None
-    total = sum(
-        star_by_loops(
-            s[b, f], y[b, f], 4, np.floor(np.argwhere(y[b, f]).mean(0)).astype(int), masked and mask[b, f]
-        )
-        if not masked
-        else star_by_loops(
-            s[b, f], y[b, f], 4, np.floor(np.argwhere(y[b, f]).mean(0)).astype(int), mask[b, f]
-        )
-        for b in range(2)
-        for f in range(2)
-        if y[b, f].any()
-    )
+    total = 0.0
+    for b, f in np.argwhere(y.any((2, 3) if dims == 2 else (2, 3, 4))):
+        centre = np.floor(np.argwhere(y[b, f]).mean(0)).astype(int)
+        total += star_by_loops(s[b, f], y[b, f], 4, centre, mask[b, f] if masked else None)
     got = shapes.star_shape_loss(
         torch.from_numpy(s), torch.from_numpy(y).to(torch.uint8), steps=4,
         mask=None if mask is None else torch.from_numpy(mask),
@@ -465,12 +458,13 @@ def test_the_deepest_point_lies_inside():
 
 def test_star_shape_method_is_its_loss():
     batch, method = some_batch(3, size=2), make("star_shape", {"weight": 3.0, "steps": 2}, 3)
-    out = method.training_step(batch, 0)
+    out = method.training_step(batch, 10)
     y = torch.stack([batch["label"] == 1, batch["label"] == 2], 1).to(torch.uint8)
     prior = shapes.star_shape_loss(method(batch["image"]).softmax(1)[:, 1:], y, steps=2)
     assert out["star"].item() == pytest.approx(prior.item(), rel=1e-5) and prior > 0
     given = methods.create("ce", None, lambda: method.network, 3).training_step(batch, 0)["loss"]
-    assert out["loss"].item() == pytest.approx((given + 3 * prior).item(), rel=1e-5)
+    expected = given + 3 * ramps.gaussian(10, 20) * prior
+    assert out["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 # ---- Hausdorff ------------------------------------------------------------------------------------
@@ -570,7 +564,7 @@ def config(tmp_path_factory):
     (root / "imagesUn").mkdir()
     for i in range(3):
         save_nifti(root / "imagesUn" / f"new{i}_0000.nii.gz", blob((32, 32), 90 + i)[0])
-    return engine.Config(data=str(root), width=4, epochs=4, batch_size=2, device="cpu")
+    return engine.Config(data=str(root), network="unet", width=4, epochs=2, batch_size=2, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -591,7 +585,7 @@ def config(tmp_path_factory):
 )
 def test_methods_resume_to_the_bit(config, tmp_path, monkeypatch, name, options, more):
     run = replace(config, method=name, options=options, **more)
-    whole, a, b = whole_and_cut(run, tmp_path, monkeypatch)
+    whole, a, b = whole_and_cut(run, tmp_path, monkeypatch, after=1)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
     last, cut = (model.read_checkpoint(tmp_path / part / "last.pt")["optimizer"] for part in ("whole", "cut"))
@@ -600,9 +594,7 @@ def test_methods_resume_to_the_bit(config, tmp_path, monkeypatch, name, options,
     best = model.read_checkpoint(tmp_path / "whole" / "best.pt")["method"]
     assert not any("discriminator" in k for k in best)
     if more.get("schedule"):
-        assert [row["lr"] for row in whole.history] == pytest.approx(
-            [0.01 * 0.1 ** ((2 * (e + 1) - 1) // 3) for e in range(4)]
-        )
+        assert [row["lr"] for row in whole.history] == pytest.approx([0.01, 0.001])
 
 
 def test_the_virtual_step_of_mcpm_is_sgds_with_its_momentum():

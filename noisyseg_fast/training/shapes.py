@@ -63,7 +63,7 @@ def star_shape_loss(
             s = torch.where(here, wide[window], s)
             y = torch.where(here, wide_labels[window], y)
         total = total + torch.where((y == labels) & (step <= length), (probability - s).abs(), 0)
-    has_centre = target.flatten(2).any(2).view(*target.shape[:2], *(1,) * dims)
+    has_centre = (target != 0).flatten(2).any(2).view(*target.shape[:2], *(1,) * dims)
     loss = torch.where(has_centre, (target - probability).abs() * total, 0)
     return _mean(loss, mask)
 
