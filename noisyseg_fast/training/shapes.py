@@ -26,7 +26,7 @@ def star_shape_loss(
     centre: str = "centroid",
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The star-shape prior (Mirikharaji and Hamarneh, MICCAI 2018, eq. 4 and 5): mean over pixels p of
+    """The star-shape prior (Mirikharaji and Hamarneh, MICCAI 2018): mean over pixels p of
 
         |y_p - s_p| sum_q B_pq |s_p - s_q|,
 
@@ -34,8 +34,9 @@ def star_shape_loss(
     centre and an interior point all shall be interior.
 
     probability s: (B, F, *S), of F foreground classes; target y: the same shape, 1 inside; mask (B, F, *S) bool: pixels
-    that count. 2D or 3D. The rays have 8 (in 3D 26) directions and 6 steps, as in the authors' code (reg_conv.py);
-    here they end at the centre. The sum is the paper's; star_loss.py has |sum_q (s_p - s_q)|.
+    that count. 2D or 3D. After the authors' code (star_loss.py, reg_conv.py; the paper's text was not at hand): rays of
+    8 directions, in 3D 26, and 6 steps. Theirs go on beyond the centre, and differences of opposite sign cancel in
+    |sum_q (s_p - s_q)|; here they end there, and each counts.
     centre: of each image and class, "centroid" (find_center.py: rounded down) or "deepest", the inner point farthest
     from the boundary, which lies inside whatever the shape. An item without the class has no centre and no loss.
     """

@@ -1,4 +1,7 @@
-"""Hausdorff distance by distance transforms (Karimi and Salcudean, IEEE TMI 2020)."""
+"""Hausdorff distance by distance transforms (Karimi and Salcudean, IEEE TMI 2020).
+
+The paper's text was not at hand: alpha and the balance of both losses are as it is cited.
+"""
 
 from __future__ import annotations
 
