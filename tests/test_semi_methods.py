@@ -109,7 +109,7 @@ def test_empty_full_and_unknown_crops_are_finite(name, channels, label):
     method.after_step(20)
     assert all(torch.isfinite(p).all() for p in method.parameters())
     if label == 255:
-        assert all(out[k] == 0 for k in ("segmentation", "star", "region", "hausdorff") if k in out)
+        assert all(out[k] == 0 for k in ("segmentation", "given", "star", "region", "hausdorff") if k in out)
 
 
 @pytest.mark.parametrize("name", OURS)

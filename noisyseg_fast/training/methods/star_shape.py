@@ -46,4 +46,4 @@ class StarShape(Method):
             class_probabilities(logits)[:, 1:], target, steps=config.steps, centre=config.centre, mask=known
         )
         weight = config.weight * ramps.gaussian(step, config.ramp * self.plan.steps)
-        return {"loss": given + weight * prior, "segmentation": given, "star": prior}
+        return {"loss": given + weight * prior, "given": given, "star": prior}
