@@ -66,7 +66,7 @@ app = typer.Typer(
 
 Option = typer.Option
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
-SOURCE = "'sample', a folder (imagesTr, labelsTr), a datalist .json or arrays .npz."
+SOURCE = "'sample', a folder (imagesTr and labelsTr, or CASE_image and CASE_label), a datalist .json or arrays .npz."
 METAVAR = "sample|DIR|JSON|NPZ"
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 
@@ -125,7 +125,7 @@ def train(
     width: Annotated[int | None, Option(help="Channels on the finest level. [default: 16]")] = None,
     epochs: Annotated[int | None, Option(help="[default: 100]")] = None,
     batch_size: Annotated[int | None, Option(help="[default: 16]")] = None,
-    lr: Annotated[float | None, Option(help="Adam's learning rate. [default: 0.001]")] = None,
+    lr: Annotated[float | None, Option(help="Learning rate. [default: 0.001]")] = None,
     noise_rate: Annotated[
         float | None, Option(help="Share of training labels to dilate by 0-6 pixels. [default: 0]")
     ] = None,
@@ -142,7 +142,14 @@ def train(
     patch: Annotated[
         str | None, Option(help="Patch size, as 96x96x32. [default: the image, or 256^2, 64^3]")
     ] = None,
-    schedule: Annotated[str | None, Option(help="Of lr: poly, constant or halve. [default: poly]")] = None,
+    spacing: Annotated[
+        str | None,
+        Option(help="Resample all images to this voxel spacing in mm, as 1,1,1. [default: as they are]"),
+    ] = None,
+    schedule: Annotated[
+        str | None, Option(help="Of lr: poly, constant, halve or tenth. [default: poly]")
+    ] = None,
+    optimizer: Annotated[str | None, Option(help="adam, or sgd with momentum 0.9. [default: adam]")] = None,
     patience: Annotated[
         int | None, Option(help="Stop after so many epochs without a better validation Dice.")
     ] = None,
@@ -193,6 +200,8 @@ def train(
         "meta_fraction": meta_fraction,
         "train_on": train_on,
         "patch": _size(patch) if patch else None,
+        "spacing": _spacing(spacing) if spacing else None,
+        "optimizer": optimizer,
         "schedule": schedule,
         "patience": patience,
         "seed": seed,
@@ -250,7 +259,7 @@ def evaluate(
     method, spec = load_model(state, place)
     if source.classes != spec.classes:
         raise ValueError(f"{source.source} has {source.classes} classes, the model {spec.classes}")
-    store = Store(source.classes)
+    store = Store(source.classes, spacing=spec.spacing)
     with progress(out) as bars:
         task = bars.add_task("evaluating", total=len(cases), note="")
         for case in cases:
@@ -476,6 +485,13 @@ def _size(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split("x"))
     except ValueError:
         raise ValueError(f"--patch must be like 96x96 or 96x96x32, got {text!r}") from None
+
+
+def _spacing(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--spacing must be like 1,1 or 1,1,2.5, got {text!r}") from None
 
 
 def _say(what: str, path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import resample
 from .data import Array, Case, DataError, files, load_image, stem, suffix
 from .files import written
 from .methods import Method
@@ -86,8 +87,10 @@ def predict(
     """Write the mask of every job, uint8: class indices with the image's affine and shape in NIfTI; in PNG 0
     and 255 for two classes, else class indices. Each file appears whole or not at all."""
     for job in todo:
-        image, _ = load_image(job.case)
+        image, _ = load_image(job.case, spec.spacing)
         mask = infer(method, torch.from_numpy(image)[None].to(device), spec.patch)[0].cpu().numpy()
+        if spec.spacing is not None:
+            mask = resample.resample_label(mask, load_image(job.case)[0].shape[1:])
         assert isinstance(job.case.image, tuple)
         if job.target.suffix == ".png":
             write_png(job.target, mask * np.uint8(255) if spec.classes == 2 else mask)
