@@ -177,6 +177,13 @@ def head(network: nn.Module) -> nn.Module:
     return blocks[-1]
 
 
+def before_head(network: nn.Module) -> nn.Module:
+    """The module of a network of `build` whose last input in a pass are the features that its head makes the logits
+    of: the head, or what drops some of them out before it."""
+    inner = getattr(network, "network", network)
+    return inner.dropout if isinstance(inner, VNet) else head(network)
+
+
 def start_at(network: nn.Module, foreground: float) -> None:
     """Set the bias of the last convolution so that an untrained network begins near so much foreground, shared
     alike by the foreground classes (Lin et al., Focal Loss, ICCV 2017, sec. 3.3); else it begins near a half."""

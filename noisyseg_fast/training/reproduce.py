@@ -419,6 +419,8 @@ def _nodules(settings: Config) -> Data:
     )
 
 
+_FIRST = ("r = 0.4",)
+
 _MCPM = Study(
     title="MCPM on lung nodules: dilated labels, a small clean meta set",
     settings=Config(
@@ -444,8 +446,13 @@ _MCPM = Study(
         # Further ones, to understand the others by.
         "ce_noisy": Arm("U-Net, noisy labels only", {}),
         "l2rw": Arm("L2RW, images", {"method": "l2rw"}),
-        "mcpm_warm": Arm("MCPM after a warm-up", {"method": "mcpm", "options": {"warmup": 200}}),
-        "mwnet_warm": Arm("MWNet, pixels, after a warm-up", {"method": "mwnet", "options": {"warmup": 200}}),
+        "mcpm_warm": Arm("MCPM after a warm-up", {"method": "mcpm", "options": {"warmup": 200}}, only=_FIRST),
+        "mwnet_warm": Arm(
+            "MWNet, pixels, after a warm-up", {"method": "mwnet", "options": {"warmup": 200}}, only=_FIRST
+        ),
+        # In few steps a weight net moves little from its random start, unless its lr is larger.
+        "mcpm_fast": Arm("MCPM, 30 x meta lr", {"method": "mcpm", "options": {"meta_lr": 0.03}}),
+        "mwnet_fast": Arm("MWNet, pixels, 30 x meta lr", {"method": "mwnet", "options": {"meta_lr": 0.03}}),
         "mcpm_both": Arm("MCPM, meta set trained on, too", {"method": "mcpm", "train_on": "both"}),
         "mcpm_real": Arm("MCPM, virtual step by Adam", {"method": "mcpm", "options": {"virtual": "real"}}),
     },
