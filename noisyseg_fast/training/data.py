@@ -209,15 +209,28 @@ def zscore(image: Array) -> Array:
     """(channels, *S) with mean 0 and standard deviation 1 in each channel; a constant channel becomes 0."""
     axes = tuple(range(1, image.ndim))
     mean = image.mean(axes, keepdims=True, dtype=np.float64)
-    deviation = image.std(axes, keepdims=True, dtype=np.float64)
-    scaled: Array = (image.astype(np.float32) - mean.astype(np.float32)) / np.maximum(deviation, 1e-8)
-    return scaled.astype(np.float32)
+    return scaled(image, mean, image.std(axes, keepdims=True, dtype=np.float64))
+
+
+def scaled(image: Array, mean: Array, deviation: Array) -> Array:
+    """float32 (image - mean) / deviation, of float64 mean and deviation that broadcast to the image."""
+    result: Array = (image.astype(np.float32) - mean.astype(np.float32)) / np.maximum(deviation, 1e-8)
+    return result.astype(np.float32)
 
 
 def _load_image(case: Case) -> tuple[Array, tuple[float, ...], Path, Raw | None]:
     if not isinstance(case.image, tuple):
         dims = case.image.ndim - 1
         return case.image, case.spacing or (1.0,) * dims, Path(case.id), None
+    channels, raw = open_image(case)
+    image = np.ascontiguousarray(np.stack(channels))
+    return image, spacing_of(case, raw, image.ndim - 1), case.image[0], raw
+
+
+def open_image(case: Case) -> tuple[list[Array], Raw]:
+    """The channels of the files of a case, checked, and the first file as it was read. Each channel (*S) is a view,
+    turned to RAS, of what the file holds: of an uncompressed NIfTI file nothing is in memory yet."""
+    assert isinstance(case.image, tuple)
     raws = [read(path) for path in case.image]
     first, raw = case.image[0], raws[0]
     for path, other in zip(case.image[1:], raws[1:], strict=True):
@@ -226,15 +239,15 @@ def _load_image(case: Case) -> tuple[Array, tuple[float, ...], Path, Raw | None]
         values = other.array
         if values.dtype.kind not in "buif":
             raise DataError(f"{path}: intensities must be real numbers, not {values.dtype}")
-        bad = int(np.size(values) - np.isfinite(values).sum())
+        planes = values.swapaxes(0, -1) if values.dtype.kind == "f" else ()
+        bad = sum(plane.size - int(np.isfinite(plane).sum()) for plane in planes)
         if bad:
             raise DataError(
                 f"{path}: {bad} of {values.size} intensities are not finite; replace NaN and infinity"
             )
     rgb = raw.array.ndim == 3 and raw.affine is None
     channels = [channel for r in raws for channel in (r.array if rgb else r.array[None])]
-    image = np.ascontiguousarray(np.stack([to_ras(channel, raw.affine) for channel in channels]))
-    return image, spacing_of(case, raw, image.ndim - 1), first, raw
+    return [to_ras(channel, raw.affine) for channel in channels], raw
 
 
 def spacing_of(case: Case, raw: Raw, dims: int) -> tuple[float, ...]:
