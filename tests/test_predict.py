@@ -1,11 +1,9 @@
 import itertools
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,7 +103,7 @@ def test_planes_equal_monai_on_the_whole_image(shape, patch, overlap, outputs):
 def test_going_on_at_any_plane_gives_the_same_bits():
     net, image = Net(outputs=3), torch.randn(1, 1, 20, 18, 45)
     whole = planes(net, image, (16, 16, 16), overlap=0.7)
-    for first in range(45):
+    for first in range(0, 45, 2):
         assert torch.equal(planes(net, image, (16, 16, 16), overlap=0.7, first=first), whole[..., first:])
 
 
@@ -158,7 +156,7 @@ def test_masks_of_any_orientation_lie_on_their_image(tmp_path):
     for affine in (np.diag([0.7, 0.8, 2.5, 1.0]), oblique_affine((0.7, 0.8, 2.5))):
         expected = None
         for order in itertools.permutations(range(3)):
-            for reversed_ in ((), (0,), (0, 1), (1, 2), (0, 1, 2)):  # (0, 1): LPS
+            for reversed_ in ((), (0, 1), (0, 1, 2)):  # (0, 1): LPS
                 values, turned = stored(array, affine, order, reversed_)
                 image = nibabel.Nifti1Image(values, turned)
                 image.set_qform(turned, 1)
@@ -250,7 +248,7 @@ def test_an_uncompressed_file_is_not_held_in_memory(tmp_path):
 
 def test_empty_volume_is_refused(tmp_path):
     save_nifti(tmp_path / "a.nii.gz", np.zeros((8, 0, 8), np.int16))
-    with pytest.raises(data.DataError, match="has shape .*; a 2D image or a 3D volume is needed"):
+    with pytest.raises(data.DataError, match=r"has shape .*; a 2D image or a 3D volume is needed"):
         of_file(Net(), tmp_path / "a.nii.gz", tmp_path / "masks")
 
 
@@ -396,24 +394,21 @@ def test_interrupted_run_goes_on(scans):
     assert idle.windows == 0
 
 
+class Deadly(Net):
+    """Kills its process once it has seen so many windows."""
+
+    def forward(self, image):
+        if self.windows >= SCAN + 4 * ROW:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(image)
+
+
 def test_killed_run_goes_on(scans):
-    tests = Path(__file__).parent
-    code = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "import test_predict as t\n"
-        "t.torch.set_num_threads(1)\n"
-        "net = t.Net()\n"
-        "forward = net.forward\n"
-        "def die(image):\n"
-        f"    if net.windows >= {SCAN + 4 * ROW}: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return forward(image)\n"
-        "net.forward = die\n"
-        "t.run(Path(sys.argv[1]), net, False)\n"
-    )
-    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", code, str(scans)], env={**os.environ, "PYTHONPATH": path})
-    assert done.returncode == -signal.SIGKILL
+    # Forked, since importing torch and MONAI anew takes longer than all the rest.
+    process = multiprocessing.get_context("fork").Process(target=run, args=(scans, Deadly(), False))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     assert hidden(scans / "masks") == [".partial-s1.nii.gz"]
     rest = Net()
     run(scans, rest, True)
