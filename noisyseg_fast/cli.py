@@ -67,7 +67,7 @@ app = typer.Typer(
 
 Option = typer.Option
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
-SOURCE = "'sample', a folder (imagesTr, labelsTr), a datalist .json or arrays .npz."
+SOURCE = "'sample', a folder (imagesTr and labelsTr, or CASE_image and CASE_label), a datalist .json or arrays .npz."
 METAVAR = "sample|DIR|JSON|NPZ"
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 
@@ -126,7 +126,7 @@ def train(
     width: Annotated[int | None, Option(help="Channels on the finest level. [default: 16]")] = None,
     epochs: Annotated[int | None, Option(help="[default: 100]")] = None,
     batch_size: Annotated[int | None, Option(help="[default: 16]")] = None,
-    lr: Annotated[float | None, Option(help="Adam's learning rate. [default: 0.001]")] = None,
+    lr: Annotated[float | None, Option(help="Learning rate. [default: 0.001]")] = None,
     noise_rate: Annotated[
         float | None, Option(help="Share of training labels to dilate by 0-6 pixels. [default: 0]")
     ] = None,
@@ -143,7 +143,14 @@ def train(
     patch: Annotated[
         str | None, Option(help="Patch size, as 96x96x32. [default: the image, or 256^2, 64^3]")
     ] = None,
-    schedule: Annotated[str | None, Option(help="Of lr: poly, constant or halve. [default: poly]")] = None,
+    spacing: Annotated[
+        str | None,
+        Option(help="Resample all images to this voxel spacing in mm, as 1,1,1. [default: as they are]"),
+    ] = None,
+    schedule: Annotated[
+        str | None, Option(help="Of lr: poly, constant, halve or tenth. [default: poly]")
+    ] = None,
+    optimizer: Annotated[str | None, Option(help="adam, or sgd with momentum 0.9. [default: adam]")] = None,
     patience: Annotated[
         int | None, Option(help="Stop after so many epochs without a better validation Dice.")
     ] = None,
@@ -194,6 +201,8 @@ def train(
         "meta_fraction": meta_fraction,
         "train_on": train_on,
         "patch": _size(patch) if patch else None,
+        "spacing": _spacing(spacing) if spacing else None,
+        "optimizer": optimizer,
         "schedule": schedule,
         "patience": patience,
         "seed": seed,
@@ -251,7 +260,7 @@ def evaluate(
     method, spec = load_model(state, place)
     if source.classes != spec.classes:
         raise ValueError(f"{source.source} has {source.classes} classes, the model {spec.classes}")
-    store = Store(source.classes)
+    store = Store(source.classes, spacing=spec.spacing)
     with progress(out) as bars:
         task = bars.add_task("evaluating", total=len(cases), note="")
         for case in cases:
@@ -332,10 +341,10 @@ def predict(
 
 @app.command()
 def reproduce(
-    study: Annotated[str, typer.Argument(help="Which: mcpm.")],
+    study: Annotated[str, typer.Argument(help="Which: mcpm, umanet or dtml.")],
     data: Annotated[str, Option(help=SOURCE, metavar=METAVAR)] = "sample",
     seeds: Annotated[int, Option(help="How many, from 0.")] = 3,
-    budget: Annotated[int, Option(help="Iterations of every run.")] = 500,
+    budget: Annotated[int | None, Option(help="Iterations of every run. [default: the study's]")] = None,
     arm: Annotated[list[str] | None, Option(help="Only this arm; repeatable. [default: the paper's]")] = None,
     folder: Annotated[Path | None, Option("--out", help="[default: runs/STUDY]")] = None,
     quick: Annotated[bool, Option("--quick", help="Tiny runs, to try the machinery.")] = False,
@@ -343,6 +352,9 @@ def reproduce(
     """Repeat a paper's comparison, with the same budget for all arms. Interrupted, it goes on when called again.
 
     Example: `noisyseg reproduce mcpm --data lidc2d_64.npz --seeds 3 --out runs/mcpm`
+
+    Example: `noisyseg reproduce dtml --data DIR`, where DIR holds train.list, test.list and the Left Atrium 2018 cases:
+    the paper's experiment
     """
     from .training import reproduce as studies
 
@@ -353,7 +365,7 @@ def reproduce(
             folder,
             data=data,
             seeds=seeds,
-            budget=min(budget, 4) if quick else budget,
+            budget=min(budget or 4, 4) if quick else budget,
             arms=arm or (),
             quick=quick,
             console=out,
@@ -510,6 +522,13 @@ def _size(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split("x"))
     except ValueError:
         raise ValueError(f"--patch must be like 96x96 or 96x96x32, got {text!r}") from None
+
+
+def _spacing(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--spacing must be like 1,1 or 1,1,2.5, got {text!r}") from None
 
 
 def _say(what: str, path: Path) -> None:

@@ -116,3 +116,13 @@ def test_families_measured_apart_end_in_one_report(tmp_path):
 def test_the_readme_holds_the_committed_figures():
     readme = (ROOT / "README.md").read_text()
     assert report.headlines(report.read(ROOT / "bench" / "results" / "amd-epyc")) in readme
+
+
+def test_the_steps_of_dtml_agree_whoever_makes_the_targets():
+    from bench import steps
+
+    for case in (steps.step_case((32, 32, 16)), steps.targets_case((32, 32, 16))):
+        answers = {c.name: c.make()() for c in case.contenders}
+        assert list(answers) == [OURS, "scipy", "scipy, as DTML's code"]
+        for answer in answers.values():
+            assert timing.relative_error(answer, answers[case.oracle]) < case.tolerance

@@ -76,7 +76,8 @@ def test_help_has_an_example(command):
 
 def test_train(trained):
     out, result = trained
-    assert re.search(r"test: Dice \d\.\d{4}, IoU \d\.\d{4}, HD95 [\d.na]+ mm over 1 masks", result.output)
+    distances = r"HD95 [\d.na]+ mm, ASD [\d.na]+ mm"
+    assert re.search(rf"test: Dice \d\.\d{{4}}, IoU \d\.\d{{4}}, {distances} over 1 masks", result.output)
     assert "<html" in (out / "report.html").read_text()
     assert "data:image/png;base64" in (out / "report.html").read_text()
     assert len((out / "metrics.csv").read_text().splitlines()) == 3

@@ -20,7 +20,7 @@ from scipy import ndimage  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from noisyseg_fast import cli  # noqa: E402
-from noisyseg_fast.training import data, model, predict, windows  # noqa: E402
+from noisyseg_fast.training import data, model, predict, resample, windows  # noqa: E402
 from noisyseg_fast.training.predict import Journal, Options  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -586,3 +586,29 @@ def test_options_without_sense_are_refused_before_any_work(models, scans):
         message="axis axial is for volumes, slice by slice; there are only 2D images",
     )  # fmt: skip
     assert not (scans / "masks").exists()
+
+
+# ---- models of one spacing ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_images_are_resampled_to_the_models_spacing(dims, tmp_path):
+    """And their masks brought back: as if the network had taken the resampled image."""
+    array, _ = blob((20, 18, 24), 3)
+    save_nifti(tmp_path / "a.nii.gz", array[:, :, ::-1], np.diag([1, 1.5, -2, 1]))
+    settings = replace(spec(dims, (16, 16, 16)[:dims]), spacing=(0.8, 1.0, 2.5)[:dims])
+    found = np.asarray(of_file(Net(dims), tmp_path / "a.nii.gz", tmp_path / "masks", settings).dataobj)[
+        :, :, ::-1
+    ]
+    if dims == 3:
+        size = (25, 27, 19)
+        image = torch.from_numpy(resample.resample_image(data.zscore(array[None]), size))
+        expected = resample.resample_label(planes(Net(), image[None], (16,) * 3)[0].numpy(), array.shape)
+    else:
+        slices = []
+        for plane in np.moveaxis(array, 2, 0):
+            image = torch.from_numpy(resample.resample_image(data.zscore(plane[None]), (25, 27)))
+            labels = planes(Net(2), image[None], (16, 16))[0].numpy()
+            slices.append(resample.resample_label(labels, plane.shape))
+        expected = np.stack(slices, 2)
+    assert np.array_equal(found, expected)

@@ -11,13 +11,21 @@ A folder has the layout of nnU-Net and the Medical Segmentation Decathlon:
     DIR/patients.csv                               optional: case,patient (otherwise each case is a patient)
                                                    and perhaps clean (true or false)
 
+The Left Atrium 2018 set has its own layout and lists of cases: atrium.py.
+
 A datalist is MONAI's JSON, with paths relative to it:
 
     {"training": [{"image": "a.nii.gz", "label": ["a_rater0.nii.gz", "a_rater1.nii.gz"],
                    "patient": "p1"}, ...],
      "validation": [...], "test": [...], "labels": {...}}
 
-where "image" may be a list of channels, "label" a list of raters (null for one who did not draw), "patient",
+Images without a mask stand in the same folder or list: in imagesUn, or as entries without a label. A folder may
+also be flat, without imagesTr:
+
+    DIR/<case>_image.nii.gz, <case>_rater0.nii.gz, <case>_rater1 ... or <case>_label.nii.gz
+                                                   without either: an unlabelled image
+
+In a datalist "image" may be a list of channels, "label" a list of raters (null for one who did not draw), "patient",
 "id" and "clean" are optional, as are "validation" and "test" (otherwise shares of the patients). "training"
 entries without a label are unlabelled images; "test" entries without one are passed over.
 
@@ -34,8 +42,9 @@ Training cases marked clean are the meta set: labels that may be trusted, which 
 a mark, open_data(meta_fraction=...) takes them from so large a share of the training patients.
 
 NIfTI's voxel spacing (mm) comes from the header. PNG has none: one pixel counts as 1, unless the entry in a
-datalist has "spacing". A binary PNG mask may hold 0 and 255. Without "labels" there are two classes, 0 and 1.
-Intensities are z-scored, image by image and channel by channel.
+datalist has "spacing". On request volumes are resampled to one spacing (resample.py); masks are then predicted
+there and scored on the files' own grid. A binary PNG mask may hold 0 and 255. Without "labels" there are two classes,
+0 and 1. Intensities are z-scored, image by image and channel by channel.
 
 Whatever the order and direction in which a NIfTI file stores its axes, images and masks are turned to the nearest of
 RAS (the first axis rises to the right, the second to the front, the third to the top; of a 2D image those two that
@@ -46,6 +55,7 @@ stored as its image is. The masks that are written lie in the image's own grid.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -60,6 +70,7 @@ import torch
 from .. import noise
 from .. import sample as sample_data
 from ..labels import majority_vote
+from . import resample
 
 SUFFIXES = (".nii.gz", ".nii", ".png")
 MISSING = 255  # in a label: nobody drew here
@@ -91,8 +102,13 @@ def stem(path: Path) -> str:
     return path.name[: -len(suffix(path))]
 
 
-def read(path: Path) -> Raw:
-    """One file of one image or mask. PNG is read as rows and columns, NIfTI in its own axis order."""
+def read(path: Path, what: str = "image") -> Raw:
+    """One file of one image or mask. PNG is read as rows and columns, NIfTI in its own axis order. what: image or
+    label, for files that hold both (atrium.py)."""
+    if path.suffix in (".h5", ".nrrd"):
+        from . import atrium
+
+        return atrium.read(path, what)
     kind = suffix(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -158,11 +174,19 @@ class Case:
     clean: bool = False  # the labels may be trusted
 
 
+class Own(NamedTuple):
+    """On the grid of the files, where the rest was resampled."""
+
+    target: Array  # (*S) uint8
+    spacing: tuple[float, ...]
+
+
 class Loaded(NamedTuple):
     image: Array  # (channels, *S) float32, z-scored
     target: Array  # (*S) uint8, the raters' consensus
     spacing: tuple[float, ...]  # one for each of S
     raters: Array  # (raters, *S) uint8, MISSING all over where one did not draw; (0, *S) where not asked for
+    own: Own | None = None  # where the rest was resampled
 
 
 def consensus(labels: Array, classes: int = 2) -> Array:
@@ -199,10 +223,36 @@ def load(case: Case, classes: int = 2) -> Loaded:
     return Loaded(zscore(image), consensus(labels, classes), spacing, labels)
 
 
-def load_image(case: Case) -> tuple[Array, tuple[float, ...]]:
-    """Only the image of a case, z-scored, and its spacing."""
+def load_image(case: Case, wanted: Sequence[float] | None = None) -> tuple[Array, tuple[float, ...]]:
+    """Only the image of a case, z-scored, and its spacing; resampled to the `wanted` one."""
     image, spacing, _, _ = _load_image(case)
-    return zscore(image), spacing
+    image = zscore(image)
+    if wanted is None:
+        return image, spacing
+    size = _size(case, image, spacing, wanted)
+    return resample.resample_image(image, size), resample.spacing_of(image.shape[1:], spacing, size)
+
+
+def _size(case: Case, image: Array, spacing: Sequence[float], wanted: Sequence[float]) -> tuple[int, ...]:
+    try:
+        return resample.size_of(image.shape[1:], spacing, wanted)
+    except ValueError as error:
+        raise DataError(f"case {case.id}: {error}") from None
+
+
+def resampled(case: Case, loaded: Loaded, wanted: Sequence[float]) -> Loaded:
+    """At the wanted spacing, with what is needed to score on the case's own grid."""
+    image, target, spacing, raters, _ = loaded
+    size = _size(case, image, spacing, wanted)
+    return Loaded(
+        resample.resample_image(image, size),
+        resample.resample_label(target, size),
+        resample.spacing_of(target.shape, spacing, size),
+        np.stack([resample.resample_label(r, size) for r in raters])
+        if len(raters)
+        else np.zeros((0, *size), np.uint8),
+        Own(target, spacing),
+    )
 
 
 def zscore(image: Array) -> Array:
@@ -284,7 +334,7 @@ def from_ras(array: Array, affine: Array | None) -> Array:
 
 
 def _load_mask(path: Path, image_path: Path, image: Raw | None, classes: int) -> Array:
-    raw = read(path)
+    raw = read(path, "label")
     if image is not None:
         check_geometry(path, raw, image_path, image)
     values = raw.array
@@ -467,6 +517,13 @@ def _sample() -> Data:
 
 def _folder(root: Path) -> Data:
     if not (root / "imagesTr").is_dir():
+        from . import atrium
+
+        if atrium.is_atrium(root):
+            return atrium.open_atrium(root)
+        if any(stem(path).endswith("_image") for path in files(root)):
+            return _flat(root)
+    if not (root / "imagesTr").is_dir():
         raise DataError(f"{root}: has no folder imagesTr (layout of nnU-Net: imagesTr, labelsTr)")
     patients, clean = _patients(root / "patients.csv")
     classes = 2
@@ -482,6 +539,47 @@ def _folder(root: Path) -> Data:
     unlabelled = _folder_images(root / "imagesUn", patients) if (root / "imagesUn").is_dir() else []
     _check_ids([*training, *test, *unlabelled], root, "rename one")
     return Data(training, [], test, classes, _unit(training), str(root), unlabelled=unlabelled)
+
+
+def _flat(root: Path) -> Data:
+    """A folder of <case>_image, <case>_rater0, <case>_rater1 ... or <case>_label."""
+    patients, clean = _patients(root / "patients.csv")
+    images: dict[str, Path] = {}
+    masks: dict[str, dict[int, Path]] = {}
+    for path in files(root):
+        name = re.fullmatch(r"(.+)_(?:(image)|label|rater(\d+))", stem(path))
+        if name is None:
+            raise DataError(f"{path}: is neither CASE_image, CASE_label nor CASE_rater0, _rater1, ...")
+        if name[2]:
+            images[name[1]] = path
+        else:
+            masks.setdefault(name[1], {})[int(name[3] or 0)] = path
+    for case, of_case in masks.items():
+        if case not in images:
+            raise DataError(f"{next(iter(of_case.values()))}: has no image {case}_image in {root}")
+    raters = sorted({rater for of_case in masks.values() for rater in of_case})
+    cases = [
+        Case(
+            case,
+            patients.get(case, case),
+            (path,),
+            tuple(masks[case].get(r) for r in raters) if case in masks else (),
+            clean=case in clean,
+        )
+        for case, path in sorted(images.items())
+    ]
+    classes = 2
+    if (root / "dataset.json").is_file():
+        classes = _classes(_json(root / "dataset.json"), root / "dataset.json")
+    return Data(
+        [c for c in cases if c.labels],
+        [],
+        [],
+        classes,
+        _unit(cases),
+        str(root),
+        unlabelled=[c for c in cases if not c.labels],
+    )
 
 
 def _check_ids(cases: Iterable[Case], source: Path, advice: str) -> None:
@@ -737,6 +835,7 @@ class Store:
     classes: int = 2
     limit: int = 4 << 30
     raters: bool = False  # keep what each rater drew, not only the consensus
+    spacing: tuple[float, ...] | None = None  # resample to it
     _kept: dict[str, Loaded] = field(default_factory=dict)
     _bytes: int = 0
 
@@ -752,6 +851,8 @@ class Store:
                 loaded = Loaded(image, target, spacing, target[None][:0])
             if not self.raters:
                 loaded = loaded._replace(raters=loaded.target[None][:0])
+            if self.spacing is not None:
+                loaded = resampled(case, loaded, self.spacing)
             size = loaded.image.nbytes + loaded.target.nbytes + loaded.raters.nbytes
             if self._bytes + size <= self.limit:
                 self._kept[case.id] = loaded
@@ -902,7 +1003,7 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
         index = number % len(self)
         loaded, labels = self.store.get(self.cases[index]), self.labels(index)
         generator = np.random.default_rng([self.seed, 2, self.epoch, number])
-        image, moved = self._view(loaded.image, labels, generator)
+        image, moved = self._view(loaded, labels, generator)
         item: dict[str, Any] = {"image": torch.from_numpy(image), "label": torch.from_numpy(moved[0])}
         item["index"] = index
         if self.raters:
@@ -911,9 +1012,9 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
             item["meta"] = self.meta_item(number)
         if self.unlabelled:
             _, case, generator = self._companion(self.unlabelled, 4, number)
-            image = self.store.get(case).image
+            image, _, spacing, *_ = self.store.get(case)
             image = _crop_anywhere(image, self.patch, generator)
-            item["unlabelled"] = torch.from_numpy(_turn(image, image[:1], generator)[0])
+            item["unlabelled"] = torch.from_numpy(_turn(image, image[:1], spacing, generator)[0])
         return item
 
     def probe(self, index: int) -> dict[str, Any]:
@@ -936,7 +1037,7 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
         """The clean case that an item brings along: image, label and index, its place in the meta set."""
         index, case, generator = self._companion(self.meta, 3, number)
         loaded = self.store.get(case)
-        image, labels = self._view(loaded.image, loaded.target[None], generator)
+        image, labels = self._view(loaded, loaded.target[None], generator)
         return {"image": torch.from_numpy(image), "label": torch.from_numpy(labels[0]), "index": index}
 
     def _companion(
@@ -951,11 +1052,12 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
         )
         return index, cases[index], np.random.default_rng([self.seed, stream, self.epoch, number, 1])
 
-    def _view(self, image: Array, labels: Array, generator: np.random.Generator) -> tuple[Array, Array]:
+    def _view(self, loaded: Loaded, labels: Array, generator: np.random.Generator) -> tuple[Array, Array]:
         """A patch of an image and its labels (k, *S), cropped around what the first of them shows."""
+        image = loaded.image
         if image.shape[1:] != self.patch:
             image, labels = _crop(self._crop, image, labels, int(generator.integers(2**31)))
-        return _turn(image, labels, generator)
+        return _turn(image, labels, loaded.spacing, generator)
 
 
 def _missing(label: Array) -> bool:
@@ -998,14 +1100,20 @@ def _crop_anywhere(image: Array, patch: tuple[int, ...], generator: np.random.Ge
     return image[(slice(None), *(slice(s, s + p) for s, p in zip(starts, patch, strict=True)))]
 
 
-def _turn(image: Array, label: Array, generator: np.random.Generator) -> tuple[Array, Array]:
-    """Random flips of every axis, and quarter turns of the first two where they are equally long.
+def _turn(
+    image: Array, label: Array, spacing: Sequence[float], generator: np.random.Generator
+) -> tuple[Array, Array]:
+    """Random flips of every axis, and quarter turns in every plane whose axes are equally long and, within 1 %, equally
+    spaced: what is turned has the shape and the spacing that it had.
 
     Not MONAI's, whose dictionary transforms take 3 ms for what takes NumPy 30 us on a 64x64 patch: more than
     the training step of a small network.
     """
-    axes = tuple(1 + int(a) for a in np.flatnonzero(generator.random(image.ndim - 1) < 0.5))
-    turns = int(generator.integers(4)) if image.shape[1] == image.shape[2] else 0
-    moved = (np.rot90(np.flip(a, axes), turns, (1, 2)) for a in (image, label))
-    image, label = (np.ascontiguousarray(a) for a in moved)
-    return image, label
+    dims = image.ndim - 1
+    axes = tuple(1 + int(a) for a in np.flatnonzero(generator.random(dims) < 0.5))
+    image, label = np.flip(image, axes), np.flip(label, axes)
+    for a, b in itertools.combinations(range(dims), 2):
+        if image.shape[1 + a] == image.shape[1 + b] and math.isclose(spacing[a], spacing[b], rel_tol=0.01):
+            turns = int(generator.integers(4))
+            image, label = (np.rot90(x, turns, (1 + a, 1 + b)) for x in (image, label))
+    return np.ascontiguousarray(image), np.ascontiguousarray(label)

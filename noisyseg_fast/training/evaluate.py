@@ -1,4 +1,4 @@
-"""How good are the masks: Dice, IoU and HD95 in mm against the raters' consensus, case by case."""
+"""How good are the masks: Dice, IoU, HD95 and ASD against the raters' consensus, case by case."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 
 from .. import metrics
+from . import resample
 from .data import Array, Case, Data, Loaded, Store
 from .files import write_csv
 from .model import infer
 
-COLUMNS = ("case", "label", "dice", "iou", "hd95", "empty")
+COLUMNS = ("case", "label", "dice", "iou", "hd95", "asd", "hd95_voxels", "asd_voxels", "empty")
 
 
 class Score(NamedTuple):
     """One foreground label of one case.
 
-    HD95 is in the spacing's unit: inf where just one of the two masks is empty, nan where both are.
+    HD95, and ASD, the mean distance of the prediction's surface from the reference's (as in MedPy, with which the Left
+    Atrium papers measure), are in the spacing's unit and in voxels: inf where just one of the two masks is empty,
+    nan where both are.
     """
 
     case: str
@@ -30,11 +33,14 @@ class Score(NamedTuple):
     dice: float
     iou: float
     hd95: float
+    asd: float
+    hd95_voxels: float
+    asd_voxels: float
     empty: str  # "", "prediction", "reference" or "both"
 
 
 class Summary(NamedTuple):
-    """Means over cases and labels; HD95 where it is finite, and how often it is not.
+    """Means over cases and labels; HD95 and ASD where they are finite, and how often they are not.
 
     dice and iou count an empty prediction of a non-empty reference as 0 and leave out pairs where both are
     empty.
@@ -47,10 +53,14 @@ class Summary(NamedTuple):
     empty_predictions: int  # prediction empty, reference not: HD95 infinite
     empty_references: int  # reference empty, prediction not: HD95 infinite
     both_empty: int  # nothing to compare
+    asd: float = math.nan
+    hd95_voxels: float = math.nan
+    asd_voxels: float = math.nan
 
     def sentence(self, unit: str) -> str:
         text = (
-            f"Dice {self.dice:.4f}, IoU {self.iou:.4f}, HD95 {self.hd95:.2f} {unit} over {self.masks} masks"
+            f"Dice {self.dice:.4f}, IoU {self.iou:.4f}, HD95 {self.hd95:.2f} {unit}, ASD {self.asd:.2f} {unit} "
+            f"over {self.masks} masks"
         )
         notes = [
             f"{n} {what}"
@@ -76,13 +86,25 @@ def score(
         ]
         if empty:
             value = math.nan if empty == "both" else 0.0
-            scores.append(Score(case, label, value, value, math.nan if empty == "both" else math.inf, empty))
+            none = math.nan if empty == "both" else math.inf
+            scores.append(Score(case, label, value, value, none, none, none, none, empty))
             continue
         overlap = metrics.overlap_metrics(p, t)
-        surface = metrics.surface_metrics(p, t, tuple(spacing), definition="monai", percentile=95)
+        here, voxels = (
+            metrics.surface_metrics(p, t, unit, definition="monai", percentile=95)
+            for unit in (tuple(spacing), None)
+        )
         scores.append(
             Score(
-                case, label, float(overlap.dice), float(overlap.jaccard), float(surface.hd_percentile), empty
+                case,
+                label,
+                float(overlap.dice),
+                float(overlap.jaccard),
+                float(here.hd_percentile),
+                float(here.asd),
+                float(voxels.hd_percentile),
+                float(voxels.asd),
+                empty,
             )
         )
     return scores
@@ -102,6 +124,7 @@ def summarize(scores: Sequence[Score]) -> Summary:
         empty.count("prediction"),
         empty.count("reference"),
         empty.count("both"),
+        *(mean([getattr(s, name) for s in scores]) for name in ("asd", "hd95_voxels", "asd_voxels")),
     )
 
 
@@ -152,10 +175,12 @@ def evaluate(
     batch_size: int = 16,
     seen: Callable[[], None] = lambda: None,
 ) -> list[Score]:
-    """Predict and score every case; `seen` is called after each."""
+    """Predict and score every case, on its own grid where the store resamples; `seen` is called after each."""
     scores: list[Score] = []
     for case, loaded, mask in predict_cases(predictor, cases, store, patch, device, batch_size):
-        scores += score(case.id, mask, loaded.target, loaded.spacing, store.classes)
+        target, spacing = loaded.own or (loaded.target, loaded.spacing)
+        mask = resample.resample_label(mask, target.shape)
+        scores += score(case.id, mask, target, spacing, store.classes)
         seen()
     return scores
 

@@ -1,11 +1,13 @@
 """Masks for new images, in the images' own geometry.
 
-The network sees an image turned to RAS (data.py); its mask is turned back. A 2D model takes a volume slice by slice,
-each z-scored by itself as the images it was trained on.
+The network sees an image turned to RAS (data.py) and resampled to the spacing that the model was trained at, if to
+any; its mask is brought back. A 2D model takes a volume slice by slice, each z-scored by itself as the images it was
+trained on.
 
 Memory, for an image of any length: what its file holds, in the file's type (of an uncompressed file without scaling
 only the parts in use; 8 bytes for each voxel of a file whose header scales it), one byte for each voxel of the mask,
-and one row of windows (windows.py; of a 2D model on a volume, SLICES slices). The largest component takes some 20
+and one row of windows (windows.py; of a 2D model on a volume, SLICES slices); where a volume is resampled, the
+resampled image, in float32, and its mask besides. The largest component takes some 20
 bytes more for each voxel of a class, and 5 for each of the box around it.
 
 The folder of the masks gets a file predict.json: the model, the options and, for each mask written, the images it is
@@ -32,12 +34,14 @@ import torch
 from torch import Tensor
 
 from .. import noise
+from . import resample
 from .data import (
     Array,
     Case,
     DataError,
     files,
     from_ras,
+    load_image,
     open_image,
     scaled,
     spacing_of,
@@ -154,6 +158,21 @@ class Scan:
         return torch.from_numpy(np.stack([zscore(np.ascontiguousarray(m)) for m in moved], 1))
 
 
+class Resampled(Scan):
+    """The image at the model's spacing, z-scored: 4 bytes in memory for each of its voxels."""
+
+    def __init__(self, case: Case, wanted: Sequence[float] | None) -> None:
+        super().__init__(case)
+        self.image, self.spacing = load_image(case, wanted)
+        self.shape = self.image.shape[1:]
+
+    def moments(self) -> list[tuple[Array, Array]]:
+        return []
+
+    def read(self, moments: Sequence[tuple[Array, Array]], low: int, high: int) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self.image[None, ..., low:high]))
+
+
 def _float64_planes(channel: Array) -> Iterator[Array]:
     for i in range(channel.shape[-1]):
         yield np.ascontiguousarray(channel[..., i], dtype=np.float64)
@@ -205,8 +224,11 @@ def predict(
         journal.write()
     for job in todo:
         scan = Scan(job.case)
+        whole = spec.spacing is None or len(scan.shape) > spec.spatial_dims
         kept = journal.planes(job) if journal else None
-        mask = _mask(method, spec, scan, device, seen, options, kept)
+        looked_at = scan if whole else Resampled(job.case, spec.spacing)
+        mask = _mask(method, spec, looked_at, device, seen, options, kept)
+        mask = resample.resample_label(mask, scan.shape)
         if options.largest_component:
             largest_component(mask, spec.classes)
         mask = from_ras(mask, scan.affine)
@@ -277,8 +299,11 @@ def _by_slices(
 ) -> Iterator[Array]:
     """Labels (n, *S without the axis) of a volume's slices."""
     some = min(SLICES, windows_at_once(spec.patch))
+    flat, spacing = (tuple(np.delete(values, axis)) for values in (scan.shape, scan.spacing))
+    size = flat if spec.spacing is None else resample.size_of(flat, spacing, spec.spacing)
     for low in range(first, scan.shape[axis], some):
-        images = scan.slices(axis, low, min(low + some, scan.shape[axis])).to(device)
+        slices = scan.slices(axis, low, min(low + some, scan.shape[axis])).numpy()
+        images = torch.from_numpy(np.stack([resample.resample_image(s, size) for s in slices])).to(device)
 
         def read(a: int, b: int, images: Tensor = images) -> Tensor:
             return images[..., a:b]
@@ -286,7 +311,8 @@ def _by_slices(
         parts = label_planes(
             method, read, images.shape[2:], spec.patch, overlap=options.overlap, flips=options.flips
         )
-        yield torch.cat(list(parts), -1).numpy()
+        labels = torch.cat(list(parts), -1).numpy()
+        yield np.stack([resample.resample_label(label, flat) for label in labels])
 
 
 def largest_component(mask: Array, classes: int) -> None:
