@@ -311,9 +311,9 @@ def spacing_of(case: Case, raw: Raw, dims: int) -> tuple[float, ...]:
 def orientation(affine: Array | None, dims: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """How the axes of a file are turned to the nearest of RAS: which of them comes first, second (and third), and of
     these the ones to be reversed. As they lie where there is no affine (PNG), or none that tells."""
-    import nibabel
-
     if affine is not None:
+        import nibabel
+
         found = nibabel.orientations.io_orientation(affine)[:dims]
         if np.isfinite(found).all():
             order = tuple(int(axis) for axis in np.argsort(found[:, 0]))
