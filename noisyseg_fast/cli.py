@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -283,11 +284,34 @@ def predict(
         list[Path], typer.Argument(help="Image files (.nii.gz, .nii, .png), or folders of them.")
     ],
     folder: Annotated[Path, Option("--out", help="Folder for the masks.")],
+    flips: Annotated[
+        bool,
+        Option("--flips", help="Average the probabilities over all flips: 4 passes for 2D models, 8 for 3D."),
+    ] = False,
+    largest_component: Annotated[
+        bool,
+        Option(
+            "--largest-component", help="Keep only the largest component of each class (8 or 26 neighbours)."
+        ),
+    ] = False,
+    overlap: Annotated[float, Option(help="Share of a window that the next one covers too.")] = 0.5,
+    axis: Annotated[
+        str | None,
+        Option(
+            help="Slices that a 2D model takes of a volume: sagittal, coronal or axial. "
+            "[default: across the largest spacing]"
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, Option("--resume", help="Go on with an interrupted run: keep what --out holds of the same run.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Write the masks of new images: NIfTI uint8 with the image's affine; PNG for PNG.
 
     Example: `noisyseg predict runs/nr_dice/best.pt scans/ --out masks/`
+
+    Example: `noisyseg predict runs/nr_dice/best.pt scans/ --out masks/ --flips --largest-component --resume`
     """
     from .training import predict as prediction
     from .training.engine import progress
@@ -295,14 +319,24 @@ def predict(
 
     place = pick_device(device)
     method, spec = load_model(read_checkpoint(checkpoint), place)
+    options = prediction.Options(overlap, flips, largest_component, axis)
+    options.check(spec)
     todo = prediction.jobs(images, folder, spec.channels)
-    with progress(out) as bars:
-        task = bars.add_task("reading", total=len(todo), note="")
-        prediction.check(todo, spec, lambda: bars.advance(task))
-        bars.remove_task(task)
-        task = bars.add_task("predicting", total=len(todo), note="")
-        prediction.predict(method, spec, todo, place, lambda: bars.advance(task))
-    _say(f"{len(todo)} mask(s)", folder)
+    journal = prediction.Journal(folder, checkpoint, options, resume)
+    left = journal.left(todo)
+    try:
+        with progress(out) as bars:
+            task = bars.add_task("reading", total=len(left), note="")
+            prediction.check(left, spec, options, lambda: bars.advance(task))
+            bars.remove_task(task)
+            task = bars.add_task("predicting", total=len(left), note="")
+            seen = partial(bars.advance, task)
+            prediction.predict(method, spec, left, place, seen, options=options, journal=journal)
+    except KeyboardInterrupt:
+        print("noisyseg: interrupted; the same command with --resume goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    kept = f" ({len(todo) - len(left)} of them were there)" if len(left) < len(todo) else ""
+    _say(f"{len(todo)} mask(s){kept}", folder)
 
 
 @app.command()

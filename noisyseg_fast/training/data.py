@@ -45,6 +45,11 @@ NIfTI's voxel spacing (mm) comes from the header. PNG has none: one pixel counts
 datalist has "spacing". On request volumes are resampled to one spacing (resample.py); masks are then predicted
 there and scored on the files' own grid. A binary PNG mask may hold 0 and 255. Without "labels" there are two classes,
 0 and 1. Intensities are z-scored, image by image and channel by channel.
+
+Whatever the order and direction in which a NIfTI file stores its axes, images and masks are turned to the nearest of
+RAS (the first axis rises to the right, the second to the front, the third to the top; of a 2D image those two that
+it has, in that order), without resampling: scans of mixed orientations look alike to the network. A mask must be
+stored as its image is. The masks that are written lie in the image's own grid.
 """
 
 from __future__ import annotations
@@ -123,7 +128,7 @@ def _read_nifti(path: Path) -> Raw:
     shape = array.shape
     while len(shape) > 2 and shape[-1] == 1:  # a 2D image is often stored as a volume of one slice
         shape = shape[:-1]
-    if len(shape) not in (2, 3):
+    if len(shape) not in (2, 3) or not array.size:
         raise DataError(f"{path}: has shape {array.shape}; a 2D image or a 3D volume is needed")
     millimetres = {"meter": 1e3, "micron": 1e-3}.get(unit, 1.0)
     spacing = tuple(float(z) * millimetres for z in zooms[: len(shape)])
@@ -254,15 +259,28 @@ def zscore(image: Array) -> Array:
     """(channels, *S) with mean 0 and standard deviation 1 in each channel; a constant channel becomes 0."""
     axes = tuple(range(1, image.ndim))
     mean = image.mean(axes, keepdims=True, dtype=np.float64)
-    deviation = image.std(axes, keepdims=True, dtype=np.float64)
-    scaled: Array = (image.astype(np.float32) - mean.astype(np.float32)) / np.maximum(deviation, 1e-8)
-    return scaled.astype(np.float32)
+    return scaled(image, mean, image.std(axes, keepdims=True, dtype=np.float64))
+
+
+def scaled(image: Array, mean: Array, deviation: Array) -> Array:
+    """float32 (image - mean) / deviation, of float64 mean and deviation that broadcast to the image."""
+    result: Array = (image.astype(np.float32) - mean.astype(np.float32)) / np.maximum(deviation, 1e-8)
+    return result.astype(np.float32)
 
 
 def _load_image(case: Case) -> tuple[Array, tuple[float, ...], Path, Raw | None]:
     if not isinstance(case.image, tuple):
         dims = case.image.ndim - 1
         return case.image, case.spacing or (1.0,) * dims, Path(case.id), None
+    channels, raw = open_image(case)
+    image = np.ascontiguousarray(np.stack(channels))
+    return image, spacing_of(case, raw, image.ndim - 1), case.image[0], raw
+
+
+def open_image(case: Case) -> tuple[list[Array], Raw]:
+    """The channels of the files of a case, checked, and the first file as it was read. Each channel (*S) is a view,
+    turned to RAS, of what the file holds: of an uncompressed NIfTI file nothing is in memory yet."""
+    assert isinstance(case.image, tuple)
     raws = [read(path) for path in case.image]
     first, raw = case.image[0], raws[0]
     for path, other in zip(case.image[1:], raws[1:], strict=True):
@@ -271,18 +289,48 @@ def _load_image(case: Case) -> tuple[Array, tuple[float, ...], Path, Raw | None]
         values = other.array
         if values.dtype.kind not in "buif":
             raise DataError(f"{path}: intensities must be real numbers, not {values.dtype}")
-        bad = int(np.size(values) - np.isfinite(values).sum())
+        planes = values.swapaxes(0, -1) if values.dtype.kind == "f" else ()
+        bad = sum(plane.size - int(np.isfinite(plane).sum()) for plane in planes)
         if bad:
             raise DataError(
                 f"{path}: {bad} of {values.size} intensities are not finite; replace NaN and infinity"
             )
     rgb = raw.array.ndim == 3 and raw.affine is None
-    image = np.concatenate([r.array if rgb else r.array[None] for r in raws])
-    dims = image.ndim - 1
+    channels = [channel for r in raws for channel in (r.array if rgb else r.array[None])]
+    return [to_ras(channel, raw.affine) for channel in channels], raw
+
+
+def spacing_of(case: Case, raw: Raw, dims: int) -> tuple[float, ...]:
+    """The spacing of a case whose first file is `raw`, in the order of `to_ras`."""
     spacing = case.spacing or raw.spacing or (1.0,) * dims
     if len(spacing) != dims:
         raise DataError(f'case {case.id}: "spacing" has {len(spacing)} values for {dims} spatial axes')
-    return image, spacing, first, raw
+    return tuple(spacing[axis] for axis in orientation(raw.affine, dims)[0])
+
+
+def orientation(affine: Array | None, dims: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How the axes of a file are turned to the nearest of RAS: which of them comes first, second (and third), and of
+    these the ones to be reversed. As they lie where there is no affine (PNG), or none that tells."""
+    if affine is not None:
+        import nibabel
+
+        found = nibabel.orientations.io_orientation(affine)[:dims]
+        if np.isfinite(found).all():
+            order = tuple(int(axis) for axis in np.argsort(found[:, 0]))
+            return order, tuple(i for i, axis in enumerate(order) if found[axis, 1] < 0)
+    return tuple(range(dims)), ()
+
+
+def to_ras(array: Array, affine: Array | None) -> Array:
+    """A view of the array (*S) of a file with that affine, turned as `orientation` says."""
+    order, reversed_ = orientation(affine, array.ndim)
+    return np.flip(array.transpose(order), reversed_)
+
+
+def from_ras(array: Array, affine: Array | None) -> Array:
+    """The inverse of `to_ras`, a view: in the axes of the file."""
+    order, reversed_ = orientation(affine, array.ndim)
+    return np.flip(array, reversed_).transpose(np.argsort(order))
 
 
 def _load_mask(path: Path, image_path: Path, image: Raw | None, classes: int) -> Array:
@@ -305,7 +353,7 @@ def _load_mask(path: Path, image_path: Path, image: Raw | None, classes: int) ->
                 f"{path}: label {int(extreme)} is out of range 0..{classes - 1}; "
                 'name the classes in "labels" of dataset.json or the datalist'
             )
-    return values.astype(np.uint8)
+    return to_ras(values, image.affine if image is not None else raw.affine).astype(np.uint8)
 
 
 def check_geometry(path: Path, raw: Raw, image_path: Path, image: Raw, what: str = "its image") -> None:
