@@ -764,6 +764,9 @@ _SEMI_SUPERVISED = {
     "ua_mt": Arm("UA-MT", {"method": "ua_mt"}),
     "dtc": Arm("DTC", {"method": "dtc"}),
     "sassnet": Arm("SASSNet", {"method": "sassnet"}),
+    "asdnet": Arm("ASDNet", {"method": "asdnet"}),
+    "tcse": Arm("TCSE", {"method": "tcse"}),
+    "double_uncertainty": Arm("double uncertainty", {"method": "double_uncertainty"}),
     "dtml": Arm("DTML", {"method": "dtml"}),
     "dtml_code": Arm(
         "DTML, weights of its code",
@@ -776,6 +779,9 @@ _TABLE_3: dict[
 ] = {  # the left atrium, 16 of 80 scans labelled; ASD and HD95 in voxels of 0.625 mm
     ("vnet_all", _FEW): (0.9114, 0.8382, 1.52, 5.75),
     ("vnet", _FEW): (0.8603, 0.7606, 3.51, 14.26),
+    ("asdnet", _FEW): (0.8790, 0.7885, 2.08, 9.24),
+    ("tcse", _FEW): (0.8815, 0.7920, 2.44, 9.57),
+    ("double_uncertainty", _FEW): (0.8965, 0.8135, 2.03, 7.04),
     ("ua_mt", _FEW): (0.8888, 0.8021, 2.26, 7.32),
     ("dtc", _FEW): (0.8942, 0.8089, 2.10, 7.32),
     ("sassnet", _FEW): (0.8954, 0.8124, 2.20, 8.24),
@@ -838,8 +844,9 @@ _DTML = Study(
     ),
     arms={
         **_SEMI_SUPERVISED,
-        # As much narrower than the paper's discriminator as the V-Nets are.
+        # As much narrower than the paper's discriminators as the V-Nets are.
         "sassnet": Arm("SASSNet", {"method": "sassnet", "options": {"width": 16}}),
+        "asdnet": Arm("ASDNet", {"method": "asdnet", "options": {"width": 16}}),
     },
     default_arms=_COMPARED,
     conditions={_FEW: {}},
@@ -868,7 +875,7 @@ _DTML = Study(
         "all volumes, and so does whoever is shown a crop that holds a nodule.",
         "lr was chosen by the lower bound alone, on another split of the same patients (seed 7, 300 iterations): its "
         "test Dice was 0.40 with 1e-2 and 0.34 with 3e-3.",
-        "ASDNet, TCSE and double uncertainty, the other rows of Table 3, are not among the arms.",
+        "ASDNet, TCSE and double uncertainty, the other rows of Table 3, are arms run when asked for.",
     ),
 )
 
