@@ -39,6 +39,7 @@ class Arm(NamedTuple):
     label: str
     changes: Mapping[str, Any]  # to the common settings
     everywhere: bool = False  # the same under all conditions, so run once for each seed
+    conditions: tuple[str, ...] = ()  # run under these alone; none: under all
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,16 @@ def reproduce(
     seeds: int = 3,
     budget: int = 500,
     arms: Sequence[str] = (),
+    conditions: Sequence[str] = (),
     quick: bool = False,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
     """Run what is not yet finished of a study, and return all rows of results.json.
 
     data: as open_data takes it. seeds: how many, from 0. budget: iterations of every run. arms: other than the
-    study's default ones. quick: runs of a second, to try the machinery.
+    study's default ones. conditions: only these of the study's. quick: runs of a second, to try the machinery.
 
-    A further call with the same settings goes on; more seeds and other arms may be asked for. ValueError for
+    A further call with the same settings goes on; more seeds, other arms or conditions may be asked for. ValueError for
     unknown names, numbers below 1, or settings other than those OUT was begun with.
     """
     study = get(name)
@@ -103,6 +105,11 @@ def reproduce(
     for arm in chosen:
         if arm not in study.arms:
             raise ValueError(f"unknown arm {arm!r} of study {name}; choose from {', '.join(study.arms)}")
+    for condition in conditions:
+        if condition not in study.conditions:
+            raise ValueError(
+                f"unknown condition {condition!r} of study {name}; choose from {', '.join(study.conditions)}"
+            )
     epochs = min(budget, 2 if quick else study.epochs)
     settings = replace(
         study.settings,
@@ -119,7 +126,7 @@ def reproduce(
     rows = _read(out / "results.json")
     todo = [
         run
-        for run in plan(study, settings, chosen, seeds, out)
+        for run in plan(study, settings, chosen, seeds, out, conditions)
         if run.key not in {row["key"] for row in rows}
     ]
     # One thread: results depend on how many there are, and small steps gain nothing from a second one.
@@ -140,12 +147,21 @@ def reproduce(
     return rows
 
 
-def plan(study: Study, settings: Config, arms: Iterable[str], seeds: int, out: Path) -> list[Run]:
-    """All runs, seed by seed, so that what is finished at any time compares all arms."""
+def plan(
+    study: Study,
+    settings: Config,
+    arms: Iterable[str],
+    seeds: int,
+    out: Path,
+    conditions: Sequence[str] = (),
+) -> list[Run]:
+    """All runs, seed by seed, so that what is finished at any time compares all arms. conditions: none for all."""
     runs = []
     for seed in range(seeds):
         for arm in arms:
-            for condition in [""] if study.arms[arm].everywhere else study.conditions:
+            under = study.arms[arm].conditions or study.conditions
+            asked = [c for c in under if not conditions or c in conditions]
+            for condition in [""] if study.arms[arm].everywhere else asked:
                 changes = {**study.conditions.get(condition, {}), **study.arms[arm].changes, "seed": seed}
                 key = "-".join(part for part in (arm, condition.replace(" ", ""), f"seed{seed}") if part)
                 config = replace(settings, **changes, out=str(out / "runs" / key))
@@ -204,7 +220,7 @@ def values(rows: Iterable[Mapping[str, Any]], arm: str, condition: str, measure:
 def write(study: Study, rows: Sequence[Mapping[str, Any]], settings: Config, out: Path) -> None:
     """results.md and results.png of the rows there are."""
     parts = [f"# {study.title}", "", *_settings(study, rows, settings), ""]
-    for condition in study.conditions:
+    for condition in _conditions(study, rows):
         parts += [
             f"## {condition}",
             "",
@@ -219,6 +235,12 @@ def write(study: Study, rows: Sequence[Mapping[str, Any]], settings: Config, out
     write_text(out / "results.md", "\n".join(parts))
     if rows:
         _plot(study, rows, out / "results.png")
+
+
+def _conditions(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those that something was run under; all, if nothing was."""
+    run = [c for c in study.conditions if any(row["condition"] == c for row in rows)]
+    return run or list(study.conditions)
 
 
 def _settings(study: Study, rows: Sequence[Mapping[str, Any]], settings: Config) -> list[str]:
@@ -331,7 +353,7 @@ def _plot(study: Study, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    conditions = list(study.conditions)
+    conditions = _conditions(study, rows)
     arms = [arm for arm in study.arms if any(row["arm"] == arm for row in rows)][::-1]
     size = (3.6 + 2.6 * len(MEASURES), 0.9 + len(conditions) * (0.7 + 0.3 * len(arms)))
     figure = Figure(figsize=size, dpi=130, layout="constrained")
@@ -450,8 +472,12 @@ _RATERS = {"LN": 0.8, "HN": 0.7, "real raters": None}
 
 
 def _raters(data: Data, condition: str) -> Data:
-    """The training cases with five simulated raters of their consensus; validation and test stay as they are."""
+    """The training cases with their reference or consensus (condition ""), with five simulated raters of it, or with
+    the real ones; validation and test stay as they are."""
     target = _RATERS.get(condition)
+    if target is None and condition:
+        return data
+    data = replace(data, training=[case.trusted() for case in data.training])
     if target is None:
         return data
     store = Store(data.classes, limit=0)
@@ -482,8 +508,8 @@ _UMANET = Study(
         device="cpu",
     ),
     arms={
-        # The same loss as majority_vote's, on the consensus of the real raters.
-        "clean": Arm("U-Net, clean labels", {"method": "majority_vote"}, everywhere=True),
+        # The same loss as majority_vote's, on the reference, or the consensus of the real raters.
+        "clean": Arm("U-Net, clean labels", {"method": "ce_dice"}, everywhere=True),
         "majority_vote": Arm("U-Net, majority vote", {"method": "majority_vote"}),
         "staple": Arm("U-Net, STAPLE", {"method": "staple"}),
         "label_sampling": Arm("label sampling", {"method": "label_sampling"}),
