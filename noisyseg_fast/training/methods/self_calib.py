@@ -8,7 +8,7 @@ what ConM learns next time, and DivM learns to make them what ConM found, so tha
 each other. Prediction needs no rater: it runs the same turns and gives ConM's last answer.
 
 The paper's text was not at hand beyond its abstract: the above is from the code published for it and its successor
-(github.com/WuJunde/MrPrism), as are three turns, 0.3 for the shuffle loss and where gradients stop. That code takes the
+(github.com/WuJunde/MrPrism), as are three turns and where gradients stop. That code takes the
 SSIM of logits, by a module that is not part of it. Ours [OURS]: cross-entropy and Dice for ConM, as in all methods
 compared here, and UMA-Net's eq. 2, a Dice loss, for DivM; both U-Nets; how expertness enters ConM, whose features on
 each level are multiplied by 1 + a convolution of the maps (theirs attends to them on each level of the decoder); one
@@ -33,7 +33,9 @@ from .base import Batch, Inputs, Losses, MakeNetwork, Method, register
 @dataclass(frozen=True)
 class Config:
     turns: int = 3
-    shuffle: float = 0.3  # weight of the loss that makes p_m follow rater m's masks
+    # Weight of a loss that makes p_m follow rater m's masks; their code: 0.3. It turns the expertness to whoever draws
+    # the object: a rater who draws it everywhere came out as the expert of the background.
+    shuffle: float = 0.0
 
     def __post_init__(self) -> None:
         if self.turns < 1:
