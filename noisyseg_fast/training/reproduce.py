@@ -490,7 +490,7 @@ def _raters(data: Data, condition: str) -> Data:
     )
 
 
-# Nodules fill 4 % of their image, the paper's lungs a third: what must be other for so small objects (umanet.py says why).
+# Nodules fill 4 % of their image, the paper's lungs a third: what is other for so small objects (umanet.py says why).
 # The threshold is another for each of the paper's data sets, too. Here 0.2 calls every image low in quality, and the
 # primary predictor learns no more after the warm-up; 0.6 splits those of HN about in half.
 _SMALL = {"regularizer": "area", "entropy": "binary", "tau_agreement": 0.6}
@@ -565,7 +565,7 @@ _UMANET = Study(
         "which fill a third of the image; LIDC's nodules fill 4 % of theirs, BU-BIL's cells 8 %. HD95 is in other "
         "pixels and left out.",
         "LN and HN: five raters simulated from the consensus or reference, one for each of the paper's kinds of noise, "
-        "each with the strength that gives a mean Dice of 0.8 and 0.7, which is all the paper says; drawn once, for all "
+        "each with the strength that gives a mean Dice of 0.8 and 0.7, which is all the paper says; drawn once for all "
         "seeds.",
         "Real raters, of LIDC: the four radiologists. The reference is their own consensus (at least two of them), so "
         "majority vote trains on exactly what is tested, and is no fair opponent there. Of BU-BIL: up to seven crowd "
