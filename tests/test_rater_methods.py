@@ -326,6 +326,20 @@ def test_entropy_decides_for_small_objects():
     assert found["paper"].primary.tolist() == [0, 0] and found["binary"].primary.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("raters", [2, 7])
+@pytest.mark.parametrize("soft", [0.0, 0.1])
+def test_what_the_report_gets_for_any_number_of_raters(raters, soft):
+    method, batch = build(raters=raters, soft=soft), scene(raters=raters)
+    batch["raters"][0, 1] = D.MISSING
+    seen = method.explain(batch)
+    wanted = method.maps(batch).primary.tolist()
+    for share, one in zip(wanted, seen, strict=True):
+        assert {maps.shape for maps in one.maps.values()} == {(raters, 32, 32)}
+        quality = one.facts["quality"]
+        assert quality == (f"{share:.0%} high" if soft else "high" if share else "low")
+    assert not seen[0].maps["annotations"][1].any() and not seen[0].maps["calibration maps"][1].any()
+
+
 # ---- the other methods ----------------------------------------------------------------------------
 
 
@@ -724,6 +738,15 @@ def test_study_of_umanet(tmp_path):
     assert study.under(data, "").training == data.training  # LIDC's clean labels are its own consensus
     for arm in study.arms.values():
         replace(study.settings, **arm.changes).check()
+    settings = replace(study.settings, epochs=1, epoch_batches=1)
+    runs = R.plan(study, settings, study.default_arms, 3, tmp_path)
+    under = {c: [run.arm for run in runs if run.condition == c and run.seed == 2] for c in study.conditions}
+    assert under["LN"] == under["real raters"] == ["majority_vote", "staple", "label_sampling", "umanet"]
+    assert set(under["HN"]) == set(study.default_arms) - {"clean"}
+    some = R.plan(study, settings, study.default_arms, 1, tmp_path, ["LN", "real raters"])
+    assert [run.condition for run in some] == ["", *["LN", "real raters"] * 4]
+    with refuses(ValueError, "unknown condition 'none' of study umanet; choose from LN, HN, real raters"):
+        R.reproduce("umanet", tmp_path / "out", conditions=("none",))
     rows = R.reproduce(
         "umanet",
         tmp_path / "out",
@@ -736,6 +759,45 @@ def test_study_of_umanet(tmp_path):
     assert [row["condition"] for row in rows] == ["", "LN", "HN", "real raters"]
     assert len({row["dice"] for row in rows[1:]}) == 3
     assert "umanet minus clean" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_study_of_umanet_with_masks_to_trust(tmp_path):
+    """As BU-BIL: a crowd to train on, experts to be tested by; clean labels are the experts'."""
+    pairs = [blob((32, 32), i) for i in range(16)]
+    image, mask = (np.stack(a) for a in zip(*pairs, strict=True))
+    crowd = np.stack([np.roll(mask, 3, 1), np.roll(mask, 4, 1)], 1)
+    there = np.ones((16, 2), bool)
+    there[::3, 0] = False
+    path = str(tmp_path / "set.npz")
+    np.savez(
+        path,
+        image=image,
+        crowd=crowd,
+        crowd_present=there,
+        expert_a=mask[:, None],
+        expert_a_present=there[:, 1:],
+    )
+    study = R.get("umanet")
+    data = study.data(replace(study.settings, data=path))
+    for condition, raters in (("", 1), ("LN", 5), ("real raters", 2)):
+        training = study.under(data, condition).training
+        assert {len(case.labels) for case in training} == {raters}
+        for case in training:
+            truth = mask[int(case.id.split("_")[1])]
+            assert np.array_equal(D.load(case).target, truth) == (not condition)
+    rows = R.reproduce(
+        "umanet",
+        tmp_path / "out",
+        data=path,
+        seeds=1,
+        budget=2,
+        quick=True,
+        arms=("clean", "umanet"),
+        conditions=("real raters",),
+    )
+    assert [row["condition"] for row in rows] == ["", "real raters"]
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "## real raters" in text and "## LN" not in text
 
 
 @pytest.mark.parametrize("name", networks.NETWORKS)
