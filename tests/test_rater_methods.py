@@ -554,14 +554,15 @@ def test_what_one_turn_finds_the_next_one_learns():
     """With a diverging model that believes the last rater alone, the later turns learn his masks."""
     batch, wanted = scene(), []
     for turns in (1, 2):
-        method = build("self_calib", turns=turns)
+        method = build("self_calib", turns=turns, warmup=0.5)
         log_p = torch.tensor([-60.0, -60.0, -1e-3]).reshape(1, 1, 3, 1, 1).expand(2, 1, 3, 32, 32)
         method.network.diverge = lambda image, found, log_p=log_p: log_p
         logits = method.network.converge(
             method.network.converging.encode(batch["image"]), method.alike(batch["image"])
         )
         first = _raters.segmentation_loss(logits, batch["raters"].float().mean(1, keepdim=True), "sigmoid")
-        wanted.append(method.training_step(batch, 0)["converging"])
+        wanted.append(method.training_step(batch, 5)["converging"])
+        assert turns == 1 or method.training_step(batch, 4)["converging"] != wanted[1]  # in the warm-up: the average
         if turns == 1:
             torch.testing.assert_close(wanted[0], first)
             continue
@@ -597,6 +598,7 @@ def test_missing_raters_have_no_say_in_self_calib():
         ("mr_net", {"reconstruction": 1}, "reconstruction must be at least 0 and below 1, got 1"),
         ("mr_net", {"dice_weight": -1}, "dice_weight must be finite and not negative, got -1"),
         ("self_calib", {"turns": 0}, "turns must be at least 1, got 0"),
+        ("self_calib", {"warmup": 1.5}, "warmup must be a share between 0 and 1, got 1.5"),
         ("self_calib", {"shuffle": -0.1}, "shuffle must be finite and not negative, got -0.1"),
     ],
 )

@@ -8,11 +8,13 @@ what ConM learns next time, and DivM learns to make them what ConM found, so tha
 each other. Prediction needs no rater: it runs the same turns and gives ConM's last answer.
 
 The paper's text was not at hand beyond its abstract: the above is from the code published for it and its successor
-(github.com/WuJunde/MrPrism), as are three turns and where gradients stop. That code takes the
-SSIM of logits, by a module that is not part of it. Ours [OURS]: cross-entropy and Dice for ConM, as in all methods
-compared here, and UMA-Net's eq. 2, a Dice loss, for DivM; both U-Nets; how expertness enters ConM, whose features on
-each level are multiplied by 1 + a convolution of the maps (theirs attends to them on each level of the decoder); one
-optimiser step after the three turns (theirs: one after each).
+(github.com/WuJunde/MrPrism), as are three turns and where gradients stop. Ours [OURS]:
+- the losses (theirs: SSIM of logits, by a module that is not part of it): cross-entropy and Dice for ConM, as in all
+  methods compared here; for DivM, UMA-Net's eq. 2, a Dice loss, against ConM's answer as 0 and 1: as probabilities, it
+  is what the raters' average gives already, and nothing is calibrated;
+- a warm-up; one optimiser step after the three turns (theirs: one after each);
+- both U-Nets, and how expertness enters ConM: its features on each level are multiplied by 1 + a convolution of the
+  maps (theirs attends to them on each level of the decoder).
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ from .base import Batch, Inputs, Losses, MakeNetwork, Method, register
 @dataclass(frozen=True)
 class Config:
     turns: int = 3
+    # Share of the run in which ConM learns the raters' average in every turn [OURS]: what DivM makes of a segmentation
+    # that has not yet found the object leads both away from it.
+    warmup: float = 0.3
     # Weight of a loss that makes p_m follow rater m's masks; their code: 0.3. It turns the expertness to whoever draws
     # the object: a rater who draws it everywhere came out as the expert of the background.
     shuffle: float = 0.0
@@ -40,6 +45,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.turns < 1:
             raise ValueError(f"turns must be at least 1, got {self.turns}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup must be a share between 0 and 1, got {self.warmup}")
         if not 0 <= self.shuffle < math.inf:
             raise ValueError(f"shuffle must be finite and not negative, got {self.shuffle}")
 
@@ -111,10 +118,11 @@ class SelfCalib(Method):
             log_p = self.network.diverge(image, found)
             share = log_p.masked_fill(~there, -math.inf).softmax(2)  # p / sum p
             fused = (share * drawn).sum(2)
-            diverging.append(_dice(fused, found))
+            diverging.append(_dice(fused, (found > 0.5).to(fused)))
             shuffled.append(self._shuffled(log_p, share, drawn, there))
             given = expertness(log_p).detach()
-            wanted = fused.detach()
+            if step >= self.config.warmup * self.plan.steps:
+                wanted = fused.detach()
         con, div, shuffle = (torch.stack(terms).mean() for terms in (converging, diverging, shuffled))
         parts = {"converging": con, "diverging": div, "shuffled": shuffle}
         loss = con + div + self.config.shuffle * shuffle
