@@ -562,7 +562,9 @@ def test_what_one_turn_finds_the_next_one_learns():
         )
         first = _raters.segmentation_loss(logits, batch["raters"].float().mean(1, keepdim=True), "sigmoid")
         wanted.append(method.training_step(batch, 5)["converging"])
-        assert turns == 1 or method.training_step(batch, 4)["converging"] != wanted[1]  # in the warm-up: the average
+        assert (
+            turns == 1 or method.training_step(batch, 4)["converging"] != wanted[1]
+        )  # in the warm-up: the average
         if turns == 1:
             torch.testing.assert_close(wanted[0], first)
             continue
