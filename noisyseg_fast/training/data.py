@@ -353,8 +353,10 @@ def open_data(
     if not data.training:
         raise DataError(f"{source}: has no training cases")
     data = _with_meta(_split(data, validation, test, seed), meta_fraction, seed)
-    believed = {part: [c.trusted() for c in data.split(part)] for part in ("validation", "test", "meta")}
-    return replace(data, **believed)
+    of_validation, of_test, meta = (
+        [case.trusted() for case in part] for part in (data.validation, data.test, data.meta)
+    )
+    return replace(data, validation=of_validation, test=of_test, meta=meta)
 
 
 def _split(data: Data, validation: float, test: float, seed: int) -> Data:

@@ -93,8 +93,9 @@ class Perception(nn.Module):
     def forward(self, features: Tensor, maps: Tensor) -> Tensor:
         fine = self.features(features)
         blurred = self.blur(maps)
-        low, high = (f(blurred.flatten(2), 2)[..., None] for f in (torch.amin, torch.amax))
-        scaled = ((blurred.flatten(2) - low) / (high - low + 1e-8)).reshape(maps.shape)
+        flat = blurred.flatten(2)
+        low, high = flat.amin(2, keepdim=True), flat.amax(2, keepdim=True)
+        scaled = ((flat - low) / (high - low + 1e-8)).reshape(maps.shape)
         attention = torch.maximum(scaled, maps)
         seen = [fine * (1 + attention[:, i : i + 1]) for i in range(maps.shape[1])]
         logits: Tensor = self.last(torch.cat(seen, 1))
@@ -141,6 +142,7 @@ class MRNet(Method):
 
     Config = Config
     needs: ClassVar[frozenset[str]] = frozenset({"raters"})
+    network: Network
 
     def prepare(self, inputs: Inputs, make_network: MakeNetwork, training: bool) -> None:
         self.count = inputs.raters

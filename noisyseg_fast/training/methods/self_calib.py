@@ -92,6 +92,7 @@ class SelfCalib(Method):
 
     Config = Config
     needs: ClassVar[frozenset[str]] = frozenset({"raters"})
+    network: Network
 
     def prepare(self, inputs: Inputs, make_network: MakeNetwork, training: bool) -> None:
         self.count = inputs.raters
