@@ -346,6 +346,7 @@ def reproduce(
     seeds: Annotated[int, Option(help="How many, from 0.")] = 3,
     budget: Annotated[int | None, Option(help="Iterations of every run. [default: the study's]")] = None,
     arm: Annotated[list[str] | None, Option(help="Only this arm; repeatable. [default: the paper's]")] = None,
+    condition: Annotated[list[str] | None, Option(help="Only under this condition; repeatable.")] = None,
     folder: Annotated[Path | None, Option("--out", help="[default: runs/STUDY]")] = None,
     quick: Annotated[bool, Option("--quick", help="Tiny runs, to try the machinery.")] = False,
 ) -> None:
@@ -367,6 +368,7 @@ def reproduce(
             seeds=seeds,
             budget=min(budget or 4, 4) if quick else budget,
             arms=arm or (),
+            conditions=condition or (),
             quick=quick,
             console=out,
         )

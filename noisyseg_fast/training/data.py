@@ -36,6 +36,9 @@ An .npz holds arrays of N images of one size:
     patient (N,)                         optional: otherwise each image is a patient
     case (N,), or nodule (N,) and slice_index (N,)      optional: names
     clean (N,), labelled (N,) bool       optional
+    reference (N, *S) or (N, experts, *S)    optional: masks to trust. They, or the consensus of the experts, are what
+    reference_present (N, experts) bool      validation, test and meta set have for labels; training keeps mask
+    crowd, crowd_present, name; expert_X, expert_X_present    BU-BIL's names of mask, its presence and case; reference
     spacing (N, dims) mm, or pixel_mm (N,)      optional: otherwise a pixel counts as 1
 
 Training cases marked clean are the meta set: labels that may be trusted, which some methods learn from. Without
@@ -172,6 +175,11 @@ class Case:
     )  # one file for each rater; (raters, *S), MISSING or None: not drawn
     spacing: tuple[float, ...] | None = None  # overrides the files'
     clean: bool = False  # the labels may be trusted
+    reference: Array | None = None  # (*S) uint8, one to be trusted more than the raters' consensus
+
+    def trusted(self) -> Case:
+        """The case with its reference, if it has one, for its only label."""
+        return self if self.reference is None else replace(self, labels=self.reference[None])
 
 
 class Own(NamedTuple):
@@ -442,7 +450,11 @@ def open_data(
             raise DataError(f'{path}: no such data; pass "sample", a folder, a datalist .json or an .npz')
     if not data.training:
         raise DataError(f"{source}: has no training cases")
-    return _with_meta(_split(data, validation, test, seed), meta_fraction, seed)
+    data = _with_meta(_split(data, validation, test, seed), meta_fraction, seed)
+    of_validation, of_test, meta = (
+        [case.trusted() for case in part] for part in (data.validation, data.test, data.meta)
+    )
+    return replace(data, validation=of_validation, test=of_test, meta=meta)
 
 
 def _split(data: Data, validation: float, test: float, seed: int) -> Data:
@@ -746,6 +758,7 @@ def _arrays(path: Path) -> Data:
             found = {name: file[name] for name in file.files}
     except Exception as error:
         raise DataError(f"{path}: cannot be read as .npz: {_first_line(error)}") from error
+    found = _renamed(found)
     for name in ("image", "mask"):
         if name not in found:
             raise DataError(f"{path}: needs the arrays image and mask, has {', '.join(found) or 'none'}")
@@ -762,6 +775,17 @@ def _arrays(path: Path) -> Data:
         raise DataError(f"{path}: image must hold finite real numbers")
     if mask.dtype.kind not in "bui" or (mask.size and not 0 <= mask.min() <= mask.max() < MISSING):
         raise DataError(f"{path}: mask must hold class numbers from 0 to {MISSING - 1}")
+    reference = found.get("reference", mask[:, :0])
+    if reference.shape == image.shape:
+        reference = reference[:, None]
+    if reference.shape != (count, *reference.shape[1:2], *size):
+        raise DataError(
+            f"{path}: reference must be {image.shape} or have an axis of experts behind the first"
+        )
+    if reference.dtype.kind not in "bui" or (
+        reference.size and not 0 <= reference.min() <= reference.max() < MISSING
+    ):
+        raise DataError(f"{path}: reference must hold class numbers from 0 to {MISSING - 1}")
 
     def optional(name: str, shape: tuple[int, ...], default: Any) -> Array:
         value: Array | None = found.get(name)
@@ -782,6 +806,9 @@ def _arrays(path: Path) -> Data:
         raise DataError(
             f"{path}: no rater is present for image {np.flatnonzero(nobody)[0]}; mark it labelled=False"
         )
+    experts = optional("reference_present", reference.shape[:2], True).astype(bool)
+    expert = reference.astype(np.uint8)
+    expert[~experts] = MISSING
     ids = found.get("case")
     if ids is None and "nodule" in found and "slice_index" in found:
         ids = np.asarray([f"{n}_s{i}" for n, i in zip(found["nodule"], found["slice_index"], strict=True)])
@@ -796,6 +823,7 @@ def _arrays(path: Path) -> Data:
     spacing = optional("spacing", (count, dims), np.broadcast_to(millimetres, (count, dims)))
     if not (np.isfinite(spacing).all() and (spacing > 0).all()):
         raise DataError(f"{path}: spacing and pixel_mm must be positive and finite")
+    classes = max(2, 1 + max(int(a[a != MISSING].max(initial=1)) for a in (labels, expert)))
     cases = [
         Case(
             str(ids[i]),
@@ -804,20 +832,36 @@ def _arrays(path: Path) -> Data:
             labels[i] if labelled[i] else (),
             tuple(float(s) for s in spacing[i]),
             bool(clean[i]),
+            consensus(expert[i], classes) if experts[i].any() else None,
         )
         for i in range(count)
     ]
     _check_ids(cases, path, 'name them in the array "case"')
-    seen = labels[labels != MISSING]
     return Data(
         [c for c in cases if len(c.labels)],
         [],
         [],
-        max(2, int(seen.max(initial=1)) + 1),
+        classes,
         "mm" if known else "px",
         str(path),
         unlabelled=[c for c in cases if not len(c.labels)],
     )
+
+
+def _renamed(found: dict[str, Array]) -> dict[str, Array]:
+    """The arrays of an .npz by the names of this module, where it has BU-BIL's: a crowd and kinds of experts."""
+    kinds = sorted(n for n in found if n.startswith("expert_") and f"{n}_present" in found)
+    if "mask" in found or "crowd" not in found:
+        return found
+    result = {**found, "mask": found["crowd"]}
+    if "crowd_present" in found:
+        result["rater_present"] = found["crowd_present"]
+    if kinds and "reference" not in found:
+        result["reference"] = np.concatenate([found[n] for n in kinds], 1)
+        result["reference_present"] = np.concatenate([found[f"{n}_present"] for n in kinds], 1)
+    if "name" in found and "case" not in found:
+        result["case"] = found["name"]
+    return result
 
 
 def _unit(cases: Iterable[Case]) -> str:
