@@ -58,7 +58,7 @@ qs = st.one_of(st.sampled_from([0, 1, 0.5, 0.25, 1 / 3]), st.floats(0, 1))
 
 
 @given(values(), st.one_of(qs, st.lists(qs, min_size=1, max_size=19)), st.sampled_from(RULES), st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_quantile_is_the_references(case, q, rule, per_image):
     x, mask = case
     options = {"per_image": per_image, "mask": mask, "interpolation": rule}
@@ -66,7 +66,7 @@ def test_quantile_is_the_references(case, q, rule, per_image):
 
 
 @given(values(), st.integers(0, 60), st.booleans(), st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_topk_is_the_references(case, k, largest, per_image):
     x, mask = case
     options = {"largest": largest, "per_image": per_image, "mask": mask}
@@ -245,17 +245,17 @@ def problems(draw):
 
 
 @given(problems(), st.sampled_from(["both", "class", "noise_rate"]))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_label_errors_are_the_references(problem, prune):
     p, label = problem
     assert torch.equal(pixels.confident_joint(p, label), reference.confident_joint(p, label))
     assert torch.equal(pixels.label_errors(p, label, prune), reference.label_errors(p, label, prune))
 
 
-@pytest.mark.parametrize("classes", [2, 3, 14, 40])
+@pytest.mark.parametrize("classes", [2, 3, 9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_larger_images(classes, dtype):
-    p, label = maps(2, classes, (64, 50), classes)
+    p, label = maps(2, classes, (64, 40), classes)
     p = p.to(dtype)
     joint = pixels.confident_joint(p, label)
     assert torch.equal(joint, reference.confident_joint(p, label))
@@ -278,10 +278,14 @@ def test_saturated_predictions_tie():
         assert torch.equal(wrong, p.argmax(1) != label)
 
 
-def test_many_classes():
-    p, label = maps(1, 255, (40,), 3)
+@pytest.mark.parametrize("classes", [33, 255])  # more tables than 1024: digits of 4 bits
+def test_many_classes(classes):
+    p, label = maps(1, classes, (600,), 3)
     assert torch.equal(pixels.confident_joint(p, label), reference.confident_joint(p, label))
-    assert torch.equal(pixels.label_errors(p, label), reference.label_errors(p, label))
+    wrong = pixels.label_errors(p, label, "class")  # C searches; the others take the reference C^2 sorts
+    assert torch.equal(wrong, reference.label_errors(p, label, "class"))
+    if classes == 33:
+        assert torch.equal(pixels.label_errors(p, label), reference.label_errors(p, label))
 
 
 def test_confident_joint_and_errors_by_hand():

@@ -225,8 +225,8 @@ __global__ void __launch_bounds__(threads, 2) write_quantiles(Search s, Quantile
     value_of(t[0].key, low);
     value_of(t[1].key, high);
     const double x = t->rank < 0 ? static_cast<double>(NAN)
-                                 : interpolate(quantiles.rule, quantiles.q[i], s.valid[row],
-                                               to_real<double>(low), to_real<double>(high));
+                                 : interpolate(quantiles.rule, q_at(quantiles, static_cast<int>(i)),
+                                               s.valid[row], to_real<double>(low), to_real<double>(high));
     assign(out[k], x);
   }
 }

@@ -165,11 +165,16 @@ struct Wanted {
   const int64_t* counts;  // (rows), or null: then k
   int64_t k;
 };
+NOISYSEG_FORMULA double q_at(const Quantiles& quantiles, int i) {  // without an index that only memory takes
+  double q = quantiles.q[0];
+  for (int k = 1; k < Quantiles::most; ++k) q = k == i ? quantiles.q[k] : q;
+  return q;
+}
 NOISYSEG_FORMULA int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 NOISYSEG_FORMULA int64_t first_rank(const Wanted& w, bool quantile, int64_t row, int target, int64_t valid) {
   if (valid < 1) return -1;
   if (!quantile) return smaller(w.counts ? w.counts[row] : w.k, valid) - 1;
-  const double position = times(w.quantiles.q[target / 2], static_cast<double>(valid - 1)),
+  const double position = times(q_at(w.quantiles, target / 2), static_cast<double>(valid - 1)),
                low = floor(position);
   return static_cast<int64_t>(low) + (target % 2 && low < position);
 }
