@@ -68,8 +68,7 @@ struct Search {
 };
 
 // After a pass: looks each target's next digit up in the counts, and clears them.
-void narrow(const Search& s, const Step& step, const Wanted& wanted, bool quantile, bool to_choose,
-            const Exec& exec) {
+void narrow(const Search& s, const Step& step, const Wanted& wanted, bool to_choose, const Exec& exec) {
   const int threads = threads_for(exec, s.rows * s.targets * s.bins);
   (void)threads;
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -83,7 +82,7 @@ void narrow(const Search& s, const Step& step, const Wanted& wanted, bool quanti
       if (step.first) {
         s.valid[row] = 0;
         for (int64_t d = 0; d < s.bins; ++d) s.valid[row] += count[d];
-        t.rank = first_rank(wanted, quantile, row, r, s.valid[row]);
+        t.rank = first_rank(wanted, row, r, s.valid[row]);
       }
       if (t.rank < 0) {
         find_none(t);
@@ -203,7 +202,7 @@ void count_pass(const Rows& from, const Search& s, const Step& step, typename Ke
 
 // Finds the targets of each row.
 template <class T>
-void search(const Rows& from, const Search& s, const Wanted& wanted, bool quantile, bool to_choose,
+void search(const Rows& from, const Search& s, const Wanted& wanted, bool to_choose,
             typename KeyOf<T>::Key flip, uint32_t* tables, const Exec& exec) {
   s.begin();
   const int64_t threads = threads_for(exec, s.rows * from.layout.pixels());
@@ -212,7 +211,7 @@ void search(const Rows& from, const Search& s, const Wanted& wanted, bool quanti
   for (int i = 0; i < steps && is_open(s.target, s.rows * s.targets); ++i) {
     const Step step = s.digits.step(i);
     count_pass<T>(from, s, step, flip, tables, exec);
-    narrow(s, step, wanted, quantile, to_choose, exec);
+    narrow(s, step, wanted, to_choose, exec);
   }
 }
 
@@ -503,11 +502,11 @@ void find_errors(const Labelled& from, const Confident& c, Prune prune, uint8_t*
   c.search.begin();
   for (int64_t i = 0; i < c.squares; ++i)
     if (c.numbers[i] < 1) find_none(c.search.target[i]);
-  const Wanted wanted{{}, c.numbers, 0};
+  const Wanted wanted{nullptr, c.numbers, 0};
   for (int i = 0; i < c.search.digits.steps() && is_open(c.search.target, c.squares); ++i) {
     const Step step = c.search.digits.step(i);
     count_margins<T>(from, c, step, exec);
-    narrow(c.search, step, wanted, false, true, exec);
+    narrow(c.search, step, wanted, true, exec);
   }
   write_errors<T>(from, c, prune, wrong, exec);
 }
@@ -535,10 +534,10 @@ void quantile(const Array& values, const Array& mask, const Quantiles& quantiles
   const int targets = 2 * quantiles.count;
   const Search s(digits_of(values.dtype, from.layout.pixels(), targets), from.layout.batch, targets, room);
   uint32_t* const tables = tables_of(s, room, exec);
-#define CASE(T)                                                                      \
-  {                                                                                  \
-    search<T>(from, s, Wanted{quantiles, nullptr, 0}, true, false, 0, tables, exec); \
-    write_quantiles(s, quantiles, static_cast<T*>(out.data));                        \
+#define CASE(T)                                                                  \
+  {                                                                              \
+    search<T>(from, s, Wanted{quantiles.q, nullptr, 0}, false, 0, tables, exec); \
+    write_quantiles(s, quantiles, static_cast<T*>(out.data));                    \
   }
   NOISYSEG_FLOAT_CASES(values.dtype, CASE)
 #undef CASE
@@ -550,13 +549,13 @@ void top_k(const Array& values, const Array& mask, const Array& counts, const To
   Room room{static_cast<char*>(workspace)};
   const Search s(digits_of(values.dtype, from.layout.pixels(), 1), from.layout.batch, 1, room);
   uint32_t* const tables = tables_of(s, room, exec);
-  const Wanted wanted{{}, static_cast<const int64_t*>(counts.data), options.k};
+  const Wanted wanted{nullptr, static_cast<const int64_t*>(counts.data), options.k};
 #define CASE(T)                                                                 \
   {                                                                             \
     using Key = KeyOf<T>::Key;                                                  \
     const Key flip = options.largest ? no_key<Key>(KeyOf<T>::bits) : Key(0);    \
     if (threshold) {                                                            \
-      search<T>(from, s, wanted, false, false, flip, tables, exec);             \
+      search<T>(from, s, wanted, false, flip, tables, exec);                    \
       for (int64_t row = 0; row < s.rows; ++row) {                              \
         T& to = static_cast<T*>(threshold.data)[row];                           \
         value_of(s.target[row].key ^ flip, to);                                 \
@@ -564,7 +563,7 @@ void top_k(const Array& values, const Array& mask, const Array& counts, const To
       }                                                                         \
     }                                                                           \
     if (chosen) {                                                               \
-      search<T>(from, s, wanted, false, true, flip, tables, exec);              \
+      search<T>(from, s, wanted, true, flip, tables, exec);                     \
       write_chosen<T>(from, s, flip, static_cast<uint8_t*>(chosen.data), exec); \
     }                                                                           \
   }

@@ -48,18 +48,21 @@ struct Search {
   Target* target;  // (rows, targets)
   u64* counts;     // (rows, targets, bins)
   int64_t* valid;  // (rows)
+  double* q;       // of the quantiles: an index into a kernel's argument would copy it to local memory
 };
 
 Search search_at(const Digits& digits, int64_t rows, int targets, Room& room) {
-  Search s{digits, rows, int64_t{1} << digits.width, targets, nullptr, nullptr, nullptr};
+  Search s{digits, rows, int64_t{1} << digits.width, targets, nullptr, nullptr, nullptr, nullptr};
   s.target = room.take<Target>(rows * targets);
   s.counts = room.take<u64>(rows * targets * s.bins);
   s.valid = room.take<int64_t>(rows);
+  s.q = room.take<double>(Quantiles::most);
   return s;
 }
 
 // Every target at its start; none where `wanted` is given and not positive.
-__global__ void __launch_bounds__(threads, 2) begin_search(Search s, const int64_t* wanted) {
+__global__ void __launch_bounds__(threads, 2)
+    begin_search(Search s, Quantiles quantiles, const int64_t* wanted) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * threads, n = s.rows * s.targets;
   for (int64_t i = first; i < n; i += step) {
@@ -68,6 +71,9 @@ __global__ void __launch_bounds__(threads, 2) begin_search(Search s, const int64
     s.target[i] = t;
   }
   for (int64_t i = first; i < n * s.bins; i += step) s.counts[i] = 0;
+  if (first != 0) return;
+#pragma unroll
+  for (int i = 0; i < Quantiles::most; ++i) s.q[i] = quantiles.q[i];
 }
 
 // Adds 1 to each lane's digit, none where it is negative. The lanes that have the first one's are counted in
@@ -87,8 +93,7 @@ __device__ inline void add_digit(Count* table, int64_t digit) {
 }
 
 // After a pass, a block for each row: the next digit of each target from the counts, which it clears.
-__global__ void __launch_bounds__(threads, 2)
-    narrow(Search s, Step step, Wanted wanted, bool quantile, bool to_choose) {
+__global__ void __launch_bounds__(threads, 2) narrow(Search s, Step step, Wanted wanted, bool to_choose) {
   __shared__ int64_t of_warp[warps];
   const int lane = static_cast<int>(threadIdx.x & 31), warp = static_cast<int>(threadIdx.x / 32);
   const int64_t per = (s.bins + threads - 1) / threads, first = threadIdx.x * per;
@@ -114,7 +119,7 @@ __global__ void __launch_bounds__(threads, 2)
         total += of_warp[w];
       }
       if (step.first) {
-        t.rank = first_rank(wanted, quantile, row, r, total);
+        t.rank = first_rank(wanted, row, r, total);
         if (threadIdx.x == 0) s.valid[row] = total;
       }
       if (t.rank < 0) {
@@ -131,6 +136,7 @@ __global__ void __launch_bounds__(threads, 2)
       __syncthreads();
     }
     for (int64_t i = threadIdx.x; i < s.targets * s.bins; i += threads) counts[i] = 0;
+    __syncthreads();  // whoever found all closed may still read
     if (threadIdx.x == 0)
       for (int r = 0; r < s.targets; ++r) {
         int l = 0;
@@ -215,8 +221,9 @@ __global__ void __launch_bounds__(threads, 2)
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads, 2) write_quantiles(Search s, Quantiles quantiles, T* out) {
-  const int64_t n = s.rows * quantiles.count;
+__global__ void __launch_bounds__(threads, 2)
+    write_quantiles(Search s, int count, Interpolation rule, T* out) {
+  const int64_t n = s.rows * count;
   for (int64_t k = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x; k < n;
        k += static_cast<int64_t>(gridDim.x) * threads) {
     const int64_t i = k / s.rows, row = k % s.rows;
@@ -224,9 +231,9 @@ __global__ void __launch_bounds__(threads, 2) write_quantiles(Search s, Quantile
     T low, high;
     value_of(t[0].key, low);
     value_of(t[1].key, high);
-    const double x = t->rank < 0 ? static_cast<double>(NAN)
-                                 : interpolate(quantiles.rule, q_at(quantiles, static_cast<int>(i)),
-                                               s.valid[row], to_real<double>(low), to_real<double>(high));
+    const double x =
+        t->rank < 0 ? static_cast<double>(NAN)
+                    : interpolate(rule, s.q[i], s.valid[row], to_real<double>(low), to_real<double>(high));
     assign(out[k], x);
   }
 }
@@ -259,9 +266,9 @@ __global__ void __launch_bounds__(threads, 2)
 }
 
 template <class T>
-void search(const Rows& rows, const Search& s, const Wanted& wanted, bool quantile, bool to_choose,
-            typename KeyOf<T>::Key flip, const Exec& exec) {
-  NOISYSEG_LAUNCH((begin_search), line_of(s.rows * s.targets * s.bins), threads, 0, exec, s,
+void search(const Rows& rows, const Search& s, const Quantiles& quantiles, const Wanted& wanted,
+            bool to_choose, typename KeyOf<T>::Key flip, const Exec& exec) {
+  NOISYSEG_LAUNCH((begin_search), line_of(s.rows * s.targets * s.bins), threads, 0, exec, s, quantiles,
                   static_cast<const int64_t*>(nullptr));
   const dim3 grid = grid_of(s.rows, rows.layout.pixels(), tile);
   const size_t shared = static_cast<size_t>(s.targets * s.bins) * sizeof(unsigned);
@@ -269,8 +276,7 @@ void search(const Rows& rows, const Search& s, const Wanted& wanted, bool quanti
   for (int i = 0; i < steps; ++i) {
     const Step step = s.digits.step(i);
     NOISYSEG_LAUNCH((count_values<T>), grid, threads, shared, exec, rows, s, step, flip);
-    NOISYSEG_LAUNCH((narrow), line_of(s.rows * threads), threads, 0, exec, s, step, wanted, quantile,
-                    to_choose);
+    NOISYSEG_LAUNCH((narrow), line_of(s.rows * threads), threads, 0, exec, s, step, wanted, to_choose);
   }
 }
 
@@ -544,7 +550,7 @@ void find_errors(const Labelled& x, const Confident& c, Prune prune, uint8_t* wr
   const Search& s = c.search;
   find_joint<From>(x, c, c.counts, exec);
   NOISYSEG_LAUNCH((find_numbers), 1, threads, 0, exec, c, prune);
-  NOISYSEG_LAUNCH((begin_search), line_of(s.rows * s.bins), threads, 0, exec, s,
+  NOISYSEG_LAUNCH((begin_search), line_of(s.rows * s.bins), threads, 0, exec, s, Quantiles{},
                   static_cast<const int64_t*>(c.numbers));
   const int64_t bytes = s.rows * s.bins * static_cast<int64_t>(sizeof(unsigned));
   const bool shared = bytes <= most_shared;
@@ -553,7 +559,7 @@ void find_errors(const Labelled& x, const Confident& c, Prune prune, uint8_t* wr
     NOISYSEG_LAUNCH((count_margins<From>), grid, threads, shared ? static_cast<size_t>(bytes) : 0, exec, x, c,
                     step, shared);
     NOISYSEG_LAUNCH((narrow), line_of(s.rows * threads), threads, 0, exec, s, step,
-                    (Wanted{{}, c.numbers, 0}), false, true);
+                    (Wanted{nullptr, c.numbers, 0}), true);
   }
   NOISYSEG_LAUNCH((write_errors<From>), grid, threads, 0, exec, x, c, prune, wrong);
 }
@@ -577,11 +583,11 @@ void quantile(const Array& values, const Array& mask, const Quantiles& quantiles
   const int targets = 2 * quantiles.count;
   const Search s =
       search_at(digits_of(values.dtype, rows.layout.pixels(), targets), rows.layout.batch, targets, room);
-#define CASE(T)                                                                                              \
-  {                                                                                                          \
-    search<T>(rows, s, Wanted{quantiles, nullptr, 0}, true, false, 0, exec);                                 \
-    NOISYSEG_LAUNCH((write_quantiles<T>), line_of(s.rows * quantiles.count), threads, 0, exec, s, quantiles, \
-                    static_cast<T*>(out.data));                                                              \
+#define CASE(T)                                                                                   \
+  {                                                                                               \
+    search<T>(rows, s, quantiles, Wanted{s.q, nullptr, 0}, false, 0, exec);                       \
+    NOISYSEG_LAUNCH((write_quantiles<T>), line_of(s.rows * quantiles.count), threads, 0, exec, s, \
+                    quantiles.count, quantiles.rule, static_cast<T*>(out.data));                  \
   }
   NOISYSEG_FLOAT_CASES(values.dtype, CASE)
 #undef CASE
@@ -593,18 +599,18 @@ void top_k(const Array& values, const Array& mask, const Array& counts, const To
   const Rows rows = rows_of(values, mask);
   Room room{static_cast<char*>(workspace)};
   const Search s = search_at(digits_of(values.dtype, rows.layout.pixels(), 1), rows.layout.batch, 1, room);
-  const Wanted wanted{{}, static_cast<const int64_t*>(counts.data), options.k};
+  const Wanted wanted{nullptr, static_cast<const int64_t*>(counts.data), options.k};
 #define CASE(T)                                                                                            \
   {                                                                                                        \
     using Key = KeyOf<T>::Key;                                                                             \
     const Key flip = options.largest ? no_key<Key>(KeyOf<T>::bits) : Key(0);                               \
     if (threshold) {                                                                                       \
-      search<T>(rows, s, wanted, false, false, flip, exec);                                                \
+      search<T>(rows, s, Quantiles{}, wanted, false, flip, exec);                                          \
       NOISYSEG_LAUNCH((write_thresholds<T>), line_of(s.rows), threads, 0, exec, s, flip,                   \
                       static_cast<T*>(threshold.data));                                                    \
     }                                                                                                      \
     if (chosen) {                                                                                          \
-      search<T>(rows, s, wanted, false, true, flip, exec);                                                 \
+      search<T>(rows, s, Quantiles{}, wanted, true, flip, exec);                                           \
       NOISYSEG_LAUNCH((write_chosen<T>), grid_of(s.rows, rows.layout.pixels(), threads), threads, 0, exec, \
                       rows, s, flip, static_cast<uint8_t*>(chosen.data));                                  \
     }                                                                                                      \

@@ -78,6 +78,8 @@ NOISYSEG_FORMULA void value_of(uint64_t key, BFloat16& x) { x.bits = half_of(key
 
 // ---- the search ------------------------------------------------------------------------------------
 
+namespace {  // types with functions of their own: no weak symbols
+
 // One digit: of the key, or, behind all of the key, of the pixel's place in its row.
 struct Step {
   int shift, width;
@@ -95,6 +97,8 @@ struct Digits {
     return {left - digits, digits, place, i == 0};
   }
 };
+
+}  // namespace
 
 // One order statistic: the digits found so far, and its rank (from 0) among what begins with them. When all
 // is found, or what begins so is wanted whole (open = 0), key and place are the last ones that are in.
@@ -161,21 +165,15 @@ NOISYSEG_FORMULA bool is_in(const Target& t, Key key, int64_t place, Key none) {
 
 // What is looked for in each row: the two neighbours of each quantile, or the k first values.
 struct Wanted {
-  Quantiles quantiles;
+  const double* q;        // or null: then the k first values
   const int64_t* counts;  // (rows), or null: then k
   int64_t k;
 };
-NOISYSEG_FORMULA double q_at(const Quantiles& quantiles, int i) {  // without an index that only memory takes
-  double q = quantiles.q[0];
-  for (int k = 1; k < Quantiles::most; ++k) q = k == i ? quantiles.q[k] : q;
-  return q;
-}
 NOISYSEG_FORMULA int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-NOISYSEG_FORMULA int64_t first_rank(const Wanted& w, bool quantile, int64_t row, int target, int64_t valid) {
+NOISYSEG_FORMULA int64_t first_rank(const Wanted& w, int64_t row, int target, int64_t valid) {
   if (valid < 1) return -1;
-  if (!quantile) return smaller(w.counts ? w.counts[row] : w.k, valid) - 1;
-  const double position = times(q_at(w.quantiles, target / 2), static_cast<double>(valid - 1)),
-               low = floor(position);
+  if (!w.q) return smaller(w.counts ? w.counts[row] : w.k, valid) - 1;
+  const double position = times(w.q[target / 2], static_cast<double>(valid - 1)), low = floor(position);
   return static_cast<int64_t>(low) + (target % 2 && low < position);
 }
 
@@ -269,6 +267,8 @@ static inline Digits digits_of(DType dtype, int64_t pixels, int64_t tables) {
   return {key_bits_of(dtype), bits_for(pixels), tables > 1024 ? 4 : tables > 4 || pixels < 4096 ? 8 : 11};
 }
 
+namespace {
+
 // Walks through a workspace; with a null base it only adds up.
 struct Room {
   char* at;
@@ -282,6 +282,8 @@ struct Room {
     return reinterpret_cast<T*>(here);
   }
 };
+
+}  // namespace
 
 static inline void check_probabilities(const Array& p) {
   if (p.dtype < DType::f16) throw std::invalid_argument("probabilities must have a floating-point dtype");
