@@ -26,6 +26,7 @@ NAMES = (
     "metrics",
     "labels",
     "noise",
+    "pixels",
     "weight_nets",
     "norms",
     "meta",

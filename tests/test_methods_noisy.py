@@ -1,7 +1,6 @@
 """What defines each method: a test would fail without it."""
 
 import math
-import re
 from dataclasses import replace
 
 import pytest
@@ -174,19 +173,6 @@ def test_teacher_is_the_closed_form(as_tensor):
     assert torch.equal(parameters(teacher), before)
 
 
-def test_quantile():
-    values = torch.randn(7, 11)
-    for q in (0, 0.3, 0.5, 0.9, 1):
-        assert torch.allclose(pixels.quantile(values, q), torch.quantile(values, q))
-    values[2, :5] = torch.nan
-    assert torch.allclose(pixels.quantile(values, 0.9), torch.nanquantile(values, 0.9))
-    assert pixels.quantile(torch.full((3,), torch.nan), 0.5).isnan()
-    many = torch.arange(17 * 2**20, dtype=torch.float32).flip(0)  # torch.quantile refuses these
-    assert pixels.quantile(many, 0.5) == pytest.approx((len(many) - 1) / 2, rel=1e-6)
-    with pytest.raises(ValueError, match=re.escape("q must lie in [0, 1], got 2")):
-        pixels.quantile(values, 2)
-
-
 def test_history_keeps_the_last_steps():
     history = LossHistory(3)
     for number in range(3):
@@ -199,32 +185,6 @@ def test_history_keeps_the_last_steps():
     other = LossHistory(3)
     other.load_state_dict(history.state_dict())
     assert torch.equal(other.values, history.values) or other.values.nansum() == history.values.nansum()
-
-
-def test_confident_joint_and_errors_by_hand():
-    # Six pixels labelled 0, 0, 0, 1, 1, 1; thresholds: mean p_0 of the first, mean p_1 of the last.
-    p1 = torch.tensor([0.1, 0.2, 0.9, 0.8, 0.7, 0.1])
-    p = torch.stack([1 - p1, p1])[None]
-    label = torch.tensor([[0, 0, 0, 1, 1, 1]], dtype=torch.uint8)
-    # t_0 = 0.6, t_1 = 0.5333: all six are confident.
-    assert pixels.confident_joint(p, label).tolist() == [[2, 1], [1, 2]]
-    wrong = [[False, False, True, False, False, True]]
-    for prune in ("both", "class", "noise_rate"):
-        assert pixels.label_errors(p, label, prune).tolist() == wrong
-    label[0, 5] = 255
-    assert pixels.confident_joint(p, label).tolist() == [[2, 1], [0, 1]]  # t_1 is now 0.75: 0.7 is not
-    with pytest.raises(ValueError, match="prune must be both, class or noise_rate, got 'all'"):
-        pixels.label_errors(p, label, "all")
-
-
-def test_label_errors_equal_cleanlab_where_it_is_installed():
-    filters = pytest.importorskip("cleanlab.filter")
-    for seed in range(5):
-        generator = torch.Generator().manual_seed(seed)
-        p = torch.randn(1, 2, 300, generator=generator).softmax(1).double()
-        label = (torch.rand(1, 300, generator=generator) < p[:, 1]).byte()
-        theirs = filters.find_label_issues(label[0].numpy(), p[0].T.numpy(), filter_by="both", n_jobs=1)
-        assert pixels.label_errors(p, label)[0].tolist() == theirs.tolist()
 
 
 # ---- plain losses ---------------------------------------------------------------------------------
