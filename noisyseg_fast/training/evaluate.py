@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import metrics
-from .data import Array, Case, Data, Loaded, Store
+from .data import MISSING, Array, Case, Data, Loaded, Store
 from .files import write_csv
 from .model import infer
 
@@ -22,7 +22,8 @@ COLUMNS = ("case", "label", "dice", "iou", "hd95", "empty")
 class Score(NamedTuple):
     """One foreground label of one case.
 
-    HD95 is in the spacing's unit: inf where just one of the two masks is empty, nan where both are.
+    HD95 is in the spacing's unit: inf where just one of the two masks is empty, nan where both are, and nan where
+    the reference lacks labels in places: what is left there has no surface that could be compared.
     """
 
     case: str
@@ -34,7 +35,7 @@ class Score(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Means over cases and labels; HD95 where it is finite, and how often it is not.
+    """Means over cases and labels, of labelled pixels; HD95 where it is finite, and how often it is not.
 
     dice and iou count an empty prediction of a non-empty reference as 0 and leave out pairs where both are
     empty.
@@ -47,6 +48,7 @@ class Summary(NamedTuple):
     empty_predictions: int  # prediction empty, reference not: HD95 infinite
     empty_references: int  # reference empty, prediction not: HD95 infinite
     both_empty: int  # nothing to compare
+    partial: int = 0  # the others whose reference lacks labels in places: no HD95
 
     def sentence(self, unit: str) -> str:
         text = (
@@ -58,6 +60,7 @@ class Summary(NamedTuple):
                 (self.empty_predictions, "empty prediction(s)"),
                 (self.empty_references, "empty reference(s)"),
                 (self.both_empty, "empty in both"),
+                (self.partial, "partly labelled"),
             )
             if n
         ]
@@ -67,7 +70,11 @@ class Summary(NamedTuple):
 def score(
     case: str, prediction: Array, target: Array, spacing: Sequence[float], classes: int = 2
 ) -> list[Score]:
-    """The scores of one case, one for each foreground label. prediction, target: (*S) uint8."""
+    """The scores of one case, one for each foreground label. prediction, target: (*S) uint8; where the target is
+    MISSING neither counts."""
+    known = target != MISSING
+    partial = not known.all()
+    prediction, target = prediction * known, target * known
     scores = []
     for label in range(1, classes):
         p, t = (np.ascontiguousarray(a == label).view(np.uint8) for a in (prediction, target))
@@ -76,15 +83,14 @@ def score(
         ]
         if empty:
             value = math.nan if empty == "both" else 0.0
-            scores.append(Score(case, label, value, value, math.nan if empty == "both" else math.inf, empty))
+            distance = math.nan if empty == "both" or partial else math.inf
+            scores.append(Score(case, label, value, value, distance, empty))
             continue
-        overlap = metrics.overlap_metrics(p, t)
-        surface = metrics.surface_metrics(p, t, tuple(spacing), definition="monai", percentile=95)
-        scores.append(
-            Score(
-                case, label, float(overlap.dice), float(overlap.jaccard), float(surface.hd_percentile), empty
-            )
-        )
+        overlap, distance = metrics.overlap_metrics(p, t), math.nan
+        if not partial:
+            surface = metrics.surface_metrics(p, t, tuple(spacing), definition="monai", percentile=95)
+            distance = float(surface.hd_percentile)
+        scores.append(Score(case, label, float(overlap.dice), float(overlap.jaccard), distance, empty))
     return scores
 
 
@@ -102,6 +108,7 @@ def summarize(scores: Sequence[Score]) -> Summary:
         empty.count("prediction"),
         empty.count("reference"),
         empty.count("both"),
+        sum(not s.empty and math.isnan(s.hd95) for s in scores),
     )
 
 
@@ -169,17 +176,18 @@ def pictures(
     ids: Sequence[str],
     noisy: Callable[[Case], Array | None],
 ) -> list[dict[str, Any]]:
-    """For the report: id, image, clean, noisy and prediction of the named cases, each (H, W) or None.
+    """For the report: id, image, clean, noisy and prediction of the named cases, each (H, W) or None; pixels
+    without a label are shown as background.
 
     Of volumes it is the slice along the last axis that shows most of the consensus.
     """
     cases = [case for case in data.split("all") if case.id in set(ids)]
     result = []
     for case, loaded, mask in predict_cases(predictor, cases, store, patch, device, 1):
-        label = noisy(case)
-        planes = [loaded.image[0], loaded.target, mask, label]
+        target, label = loaded.target * (loaded.target != MISSING), noisy(case)
+        planes = [loaded.image[0], target, mask, None if label is None else label * (label != MISSING)]
         if mask.ndim == 3:
-            k = int((loaded.target > 0).sum((0, 1)).argmax())
+            k = int((target > 0).sum((0, 1)).argmax())
             # Of a volume, x runs right and y down.
             planes = [None if a is None else a[..., k].T for a in planes]
         image, clean, prediction, noise = planes

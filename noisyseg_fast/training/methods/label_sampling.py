@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from ... import labels
+from ..data import MISSING
 from ._raters import present, segmentation_loss
 from .base import Batch, Losses, Method, register
 
@@ -22,12 +23,15 @@ class LabelSampling(Method):
     """At every step one rater is drawn for each image, with equal chances among those that drew."""
 
     Config = Config
+    sparse = True
     needs: ClassVar[frozenset[str]] = frozenset({"raters"})
 
     def training_step(self, batch: Batch, step: int) -> Losses:
         raters = batch["raters"]
+        there = present(raters)
         # torch's own generator, whose state checkpoints keep
         label = labels.label_sampling(
-            raters, torch.default_generator, present=present(raters), spatial_dims=raters.ndim - 2
+            raters, torch.default_generator, present=there, spatial_dims=raters.ndim - 2
         )
+        label[~there.any(1)] = MISSING
         return {"loss": segmentation_loss(self(batch["image"]), label, self.activation)}

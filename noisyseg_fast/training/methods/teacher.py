@@ -20,6 +20,8 @@ class TeacherMethod(Method):
     The configuration has: loss, decay, noise, clip, tested.
     """
 
+    sparse = True
+
     def __init__(self, config: Any, make_network: MakeNetwork, channels: int) -> None:
         super().__init__(config, make_network, channels)
         if config.tested not in ("student", "teacher"):

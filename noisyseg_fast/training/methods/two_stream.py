@@ -23,6 +23,7 @@ class TwoStream(Method):
     """Two networks; pixels on which both predict the same class are left out. Their mean is tested."""
 
     Config = Config
+    sparse = True
 
     def __init__(self, config: Any, make_network: MakeNetwork, channels: int) -> None:
         super().__init__(config, make_network, channels)
