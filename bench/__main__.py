@@ -19,7 +19,18 @@ from noisyseg_fast.timing import measure
 from . import report
 
 # Each a module here with cases(device, quick), in the order in which they are run.
-NAMES = ("losses", "task_losses", "distance", "metrics", "labels", "noise", "weight_nets", "norms", "meta")
+NAMES = (
+    "losses",
+    "task_losses",
+    "distance",
+    "metrics",
+    "labels",
+    "noise",
+    "weight_nets",
+    "norms",
+    "meta",
+    "methods",
+)
 FAMILIES = {name: importlib.import_module(f".{name}", __package__) for name in NAMES}
 
 

@@ -13,7 +13,6 @@ torch = pytest.importorskip("torch")
 from folders import nifti_folder  # noqa: E402
 from resuming import whole_and_cut  # noqa: E402
 from torch import nn  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from noisyseg_fast import losses  # noqa: E402
 from noisyseg_fast.training import ema, engine, methods, model, pixels, ramps  # noqa: E402
@@ -99,33 +98,6 @@ def test_each_method_trains_on_volumes(name):
         assert torch.isfinite(step(method, batch, number)["loss"])
     assert not torch.equal(parameters(method), before)
     assert method(batch["image"]).shape == (2, 1, 12, 12, 12)
-
-
-class HostSync(TorchDispatchMode):
-    """Refuses what would make the host wait for a device."""
-
-    waits = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "bincount", "unique_")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
-        assert not any(word in name for word in self.waits), name
-        if "aten.index.Tensor" in name:
-            assert all(i is None or i.dtype != torch.bool for i in args[1]), "index by a mask"
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_no_step_waits_for_the_device(name):
-    batch = some_batch(3)
-    method = make(name, {"history": 2} if name in ("coplenet", "trimmed") else None, channels=3)
-    for number in (0, 3, 19):
-        with HostSync():
-            out = method.training_step(batch, number)
-            out["loss"].backward()
-        method.plan.optimizer.step()
-        method.plan.optimizer.zero_grad()
-        with HostSync():
-            method.after_step(number)
 
 
 @pytest.mark.parametrize("name", OURS)

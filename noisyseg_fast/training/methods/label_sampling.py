@@ -29,9 +29,11 @@ class LabelSampling(Method):
     def training_step(self, batch: Batch, step: int) -> Losses:
         raters = batch["raters"]
         there = present(raters)
-        # torch's own generator, whose state checkpoints keep
-        label = labels.label_sampling(
-            raters, torch.default_generator, present=there, spatial_dims=raters.ndim - 2
-        )
-        label[~there.any(1)] = MISSING
+        # torch's own generator on that device, whose state checkpoints keep
+        generator = torch.default_generator
+        if raters.is_cuda:
+            generator = torch.cuda.default_generators[raters.get_device()]
+        label = labels.label_sampling(raters, generator, present=there, spatial_dims=raters.ndim - 2)
+        nobody = ~there.any(1)
+        label = label.masked_fill(nobody.reshape(-1, *[1] * (label.ndim - 1)), MISSING)
         return {"loss": segmentation_loss(self(batch["image"]), label, self.activation)}
