@@ -308,6 +308,25 @@ def test_each_method_learns_a_few_patches(name, dims, raters, classes):
     assert losses["loss"] < (0.7 if dims == 2 else 0.97) * first
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("classes", [2, 3])
+def test_each_method_fits_eight_patches(name, classes):
+    tau = {"tau_confidence": 10.0, "tau_agreement": 10.0} if name == "umanet" else {}
+    method, batch = build(name, 3, classes=classes, steps=40, **tau), scene(8, classes=classes)
+    for i in range(8):  # each somewhere else
+        for part in ("image", "label", "raters"):
+            batch[part][i] = batch[part][i].roll((3 * i % 7, i), (-2, -1))
+    batch["raters"][:, 1:] = batch["label"][:, None]
+    for number in range(40):
+        step_grads(method, batch, number)
+        method.plan.optimizer.step()
+    logits = method.eval()(batch["image"])
+    found = logits.argmax(1) if classes > 2 else logits[:, 0] > 0
+    for k in range(1, classes):
+        a, b = found == k, batch["label"] == k
+        assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.85
+
+
 def test_umanet_fits_what_most_raters_drew():
     method = build(raters=4, steps=50, tau_confidence=10.0, tau_agreement=10.0)
     batch = scene(raters=4)
