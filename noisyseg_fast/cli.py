@@ -209,7 +209,11 @@ def train(
     }
     given = {name: value for name, value in given.items() if value is not None}
     if resume is None:
-        config = dataclasses.replace(engine.load_config(settings) if settings else engine.Config(), **given)
+        config = engine.load_config(settings) if settings else engine.Config()
+        # The file's options are its method's; --set changes those that it names.
+        kept = config.options if given.get("method", config.method) == config.method else {}
+        given["options"] = {**kept, **given.get("options", {})}
+        config = dataclasses.replace(config, **given)
     else:
         if settings is not None:
             raise ValueError("--resume takes its settings from the run's folder, not from --config")

@@ -82,6 +82,8 @@ def test_config_and_set(data, tmp_path):
     assert not same(state(tmp_path / "a")["method"], state(tmp_path / "b")["method"])
     works("--config", file, "--out", tmp_path / "c", "--epochs", 1, "--method", "gce", "--set", "q=0.5")
     assert saved(tmp_path / "c")["method_options"] == {"q": 0.5}  # another method has other options
+    works("--config", file, "--out", tmp_path / "d", "--epochs", 1, "--method", "ce")
+    assert saved(tmp_path / "d")["method_options"] == {}
 
 
 def test_a_saved_configuration_repeats_the_run_to_the_bit(data, tmp_path):
@@ -93,7 +95,8 @@ def test_a_saved_configuration_repeats_the_run_to_the_bit(data, tmp_path):
     a, b = (saved(tmp_path / name) for name in "ab")
     assert a["config"].pop("out") != b["config"].pop("out")
     assert a["method_options"] == b["method_options"]
-    a["config"].pop("options"), b["config"].pop("options")  # as given, and all of them
+    for part in ("config", "model"):  # as given, and all of them
+        assert a[part].pop("options") == {"decay": "0.9"} and b[part].pop("options") == b["method_options"]
     assert a == b
     for name in ("last.pt", "best.pt"):
         assert same(state(tmp_path / "a", name)["method"], state(tmp_path / "b", name)["method"])

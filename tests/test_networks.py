@@ -151,7 +151,10 @@ def test_2d_networks_on_volumes():
             lambda: networks.build("segresnet", 2, 1, 1, 12),
             "width must be a multiple of 8 for network segresnet",
         ),
-        (lambda: networks.build("scse_unet", 2, 1, 1, 1), "width must be at least 2 for network scse_unet, got"),
+        (
+            lambda: networks.build("scse_unet", 2, 1, 1, 1),
+            "width must be at least 2 for network scse_unet, got",
+        ),
         (lambda: VNet(1), "spatial_dims must be 2 or 3, got 1"),
         (lambda: VNet(norm="layer"), "norm must be one of batch, group, instance, none, got 'layer'"),
         (lambda: COPLENet(width=5), "width must be an even number from 4 up for COPLE-Net, got 5"),

@@ -15,7 +15,9 @@ from .several import ensemble, hard, labelled, mean_over
 
 @dataclass(frozen=True)
 class Config:
-    warm_up: float = 0.1  # share of the run with all pixels, or both would agree on background from the start; ours
+    warm_up: float = (
+        0.1  # share of the run with all pixels, or both would agree on background from the start; ours
+    )
 
 
 @register("two_stream")
