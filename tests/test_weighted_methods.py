@@ -12,8 +12,8 @@ pytest.importorskip("monai")
 pytest.importorskip("lightning")
 torch = pytest.importorskip("torch")
 
+import test_methods_noisy as noisy  # noqa: E402
 from folders import blob, nifti_folder  # noqa: E402
-from test_methods_noisy import some_batch, step, tiny  # noqa: E402
 
 from noisyseg_fast import meta, noise  # noqa: E402
 from noisyseg_fast.training import engine, label_errors, methods, model, networks  # noqa: E402
@@ -198,12 +198,12 @@ def test_wrong_labels_come_to_weigh_less(name):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_each_method_fits_eight_patches(name, channels):
     torch.manual_seed(0)
-    method = methods.create(name, None, lambda: tiny(channels), channels)
+    method = methods.create(name, None, lambda: noisy.tiny(channels), channels)
     method.plan = methods.Plan(torch.optim.Adam(method.trained(), lr=2e-2), 80, 5)
-    batch = some_batch(channels, side=14)
+    batch = noisy.some_batch(channels, side=14)
     batch["meta"] = dict(batch)
     for number in range(80):
-        step(method, batch, number)
+        noisy.step(method, batch, number)
     right = (several.hard(method.eval()(batch["image"])) == batch["label"]).float().mean()
     background = (batch["label"] == 0).float().mean()
     assert right > 0.85 > 0.8 > background
