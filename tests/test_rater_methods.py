@@ -315,7 +315,7 @@ def test_each_method_fits_eight_patches(name):
     for i in range(8):  # each somewhere else
         for part in ("image", "label"):
             batch[part][i] = batch[part][i].roll((3 * i % 7, i), (-2, -1))
-    batch["raters"] = torch.stack([batch["label"].roll(m == 0, 1) for m in range(3)], 1)
+    batch["raters"] = torch.stack([batch["label"].roll(int(m == 0), 1) for m in range(3)], 1)
     for number in range(40):
         step_grads(method, batch, number)
         method.plan.optimizer.step()
