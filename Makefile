@@ -40,7 +40,7 @@ $(VENV)/.demo: $(VENV)/.tools $(sources)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(pip) -c $(VENV)/constraints.txt --no-binary elasticdeform 'noisyseg-fast[bench,dev]'  # its wheels: for NumPy 1
+	$(pip) -c $(VENV)/constraints.txt --no-binary elasticdeform 'noisyseg-fast[bench,la,dev]'  # its wheels: for NumPy 1
 	$(pip) -c $(VENV)/constraints.txt --no-deps PYMIC  # its losses need torch alone
 	touch $@
 

@@ -105,7 +105,8 @@ def net_case(
             compiled(plain, prepare, deadline),
         ],
         oracle=oracle,
-        tolerance=1e-4,  # sums over half a million pixels, in PyTorch in float32
+        # The sums over half a million pixels are float32 in PyTorch, and off by 2e-4; ours by 1e-6.
+        tolerance=5e-4,
         moved=MOVED[kind] * L.numel(),
         device=device,
         headline=headline,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,7 +67,7 @@ app = typer.Typer(
 
 Option = typer.Option
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
-SOURCE = "'sample', a folder (imagesTr, labelsTr), a datalist .json or arrays .npz."
+SOURCE = "'sample', a folder (imagesTr and labelsTr, or CASE_image and CASE_label), a datalist .json or arrays .npz."
 METAVAR = "sample|DIR|JSON|NPZ"
 IGNORE = Option(
     help="The value in masks of pixels without a label (sparse labels), as 255, where the data name none."
@@ -129,7 +130,7 @@ def train(
     width: Annotated[int | None, Option(help="Channels on the finest level. [default: 16]")] = None,
     epochs: Annotated[int | None, Option(help="[default: 100]")] = None,
     batch_size: Annotated[int | None, Option(help="[default: 16]")] = None,
-    lr: Annotated[float | None, Option(help="Adam's learning rate. [default: 0.001]")] = None,
+    lr: Annotated[float | None, Option(help="Learning rate. [default: 0.001]")] = None,
     noise_rate: Annotated[
         float | None, Option(help="Share of training labels to dilate by 0-6 pixels. [default: 0]")
     ] = None,
@@ -147,7 +148,14 @@ def train(
         str | None, Option(help="Patch size, as 96x96x32. [default: the image, or 256^2, 64^3]")
     ] = None,
     ignore_label: Annotated[int | None, IGNORE] = None,
-    schedule: Annotated[str | None, Option(help="Of lr: poly, constant or halve. [default: poly]")] = None,
+    spacing: Annotated[
+        str | None,
+        Option(help="Resample all images to this voxel spacing in mm, as 1,1,1. [default: as they are]"),
+    ] = None,
+    schedule: Annotated[
+        str | None, Option(help="Of lr: poly, constant, halve or tenth. [default: poly]")
+    ] = None,
+    optimizer: Annotated[str | None, Option(help="adam, or sgd with momentum 0.9. [default: adam]")] = None,
     patience: Annotated[
         int | None, Option(help="Stop after so many epochs without a better validation Dice.")
     ] = None,
@@ -199,6 +207,8 @@ def train(
         "train_on": train_on,
         "patch": _size(patch) if patch else None,
         "ignore_label": ignore_label,
+        "spacing": _spacing(spacing) if spacing else None,
+        "optimizer": optimizer,
         "schedule": schedule,
         "patience": patience,
         "seed": seed,
@@ -267,7 +277,7 @@ def evaluate(
     method, spec = load_model(state, place)
     if source.classes != spec.classes:
         raise ValueError(f"{source.source} has {source.classes} classes, the model {spec.classes}")
-    store = Store(source.classes)
+    store = Store(source.classes, spacing=spec.spacing)
     with progress(out) as bars:
         task = bars.add_task("evaluating", total=len(cases), note="")
         for case in cases:
@@ -291,11 +301,34 @@ def predict(
         list[Path], typer.Argument(help="Image files (.nii.gz, .nii, .png), or folders of them.")
     ],
     folder: Annotated[Path, Option("--out", help="Folder for the masks.")],
+    flips: Annotated[
+        bool,
+        Option("--flips", help="Average the probabilities over all flips: 4 passes for 2D models, 8 for 3D."),
+    ] = False,
+    largest_component: Annotated[
+        bool,
+        Option(
+            "--largest-component", help="Keep only the largest component of each class (8 or 26 neighbours)."
+        ),
+    ] = False,
+    overlap: Annotated[float, Option(help="Share of a window that the next one covers too.")] = 0.5,
+    axis: Annotated[
+        str | None,
+        Option(
+            help="Slices that a 2D model takes of a volume: sagittal, coronal or axial. "
+            "[default: across the largest spacing]"
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, Option("--resume", help="Go on with an interrupted run: keep what --out holds of the same run.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Write the masks of new images: NIfTI uint8 with the image's affine; PNG for PNG.
 
     Example: `noisyseg predict runs/nr_dice/best.pt scans/ --out masks/`
+
+    Example: `noisyseg predict runs/nr_dice/best.pt scans/ --out masks/ --flips --largest-component --resume`
     """
     from .training import predict as prediction
     from .training.engine import progress
@@ -303,29 +336,43 @@ def predict(
 
     place = pick_device(device)
     method, spec = load_model(read_checkpoint(checkpoint), place)
+    options = prediction.Options(overlap, flips, largest_component, axis)
+    options.check(spec)
     todo = prediction.jobs(images, folder, spec.channels)
-    with progress(out) as bars:
-        task = bars.add_task("reading", total=len(todo), note="")
-        prediction.check(todo, spec, lambda: bars.advance(task))
-        bars.remove_task(task)
-        task = bars.add_task("predicting", total=len(todo), note="")
-        prediction.predict(method, spec, todo, place, lambda: bars.advance(task))
-    _say(f"{len(todo)} mask(s)", folder)
+    journal = prediction.Journal(folder, checkpoint, options, resume)
+    left = journal.left(todo)
+    try:
+        with progress(out) as bars:
+            task = bars.add_task("reading", total=len(left), note="")
+            prediction.check(left, spec, options, lambda: bars.advance(task))
+            bars.remove_task(task)
+            task = bars.add_task("predicting", total=len(left), note="")
+            seen = partial(bars.advance, task)
+            prediction.predict(method, spec, left, place, seen, options=options, journal=journal)
+    except KeyboardInterrupt:
+        print("noisyseg: interrupted; the same command with --resume goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    kept = f" ({len(todo) - len(left)} of them were there)" if len(left) < len(todo) else ""
+    _say(f"{len(todo)} mask(s){kept}", folder)
 
 
 @app.command()
 def reproduce(
-    study: Annotated[str, typer.Argument(help="Which: mcpm.")],
+    study: Annotated[str, typer.Argument(help="Which: mcpm, umanet, coplenet or dtml.")],
     data: Annotated[str, Option(help=SOURCE, metavar=METAVAR)] = "sample",
     seeds: Annotated[int, Option(help="How many, from 0.")] = 3,
-    budget: Annotated[int, Option(help="Iterations of every run.")] = 500,
+    budget: Annotated[int | None, Option(help="Iterations of every run. [default: the study's]")] = None,
     arm: Annotated[list[str] | None, Option(help="Only this arm; repeatable. [default: the paper's]")] = None,
+    condition: Annotated[list[str] | None, Option(help="Only under this condition; repeatable.")] = None,
     folder: Annotated[Path | None, Option("--out", help="[default: runs/STUDY]")] = None,
     quick: Annotated[bool, Option("--quick", help="Tiny runs, to try the machinery.")] = False,
 ) -> None:
     """Repeat a paper's comparison, with the same budget for all arms. Interrupted, it goes on when called again.
 
     Example: `noisyseg reproduce mcpm --data lidc2d_64.npz --seeds 3 --out runs/mcpm`
+
+    Example: `noisyseg reproduce dtml --data DIR`, where DIR holds train.list, test.list and the Left Atrium 2018 cases:
+    the paper's experiment
     """
     from .training import reproduce as studies
 
@@ -336,8 +383,9 @@ def reproduce(
             folder,
             data=data,
             seeds=seeds,
-            budget=min(budget, 4) if quick else budget,
+            budget=min(budget or 4, 4) if quick else budget,
             arms=arm or (),
+            conditions=condition or (),
             quick=quick,
             console=out,
         )
@@ -493,6 +541,13 @@ def _size(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split("x"))
     except ValueError:
         raise ValueError(f"--patch must be like 96x96 or 96x96x32, got {text!r}") from None
+
+
+def _spacing(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--spacing must be like 1,1 or 1,1,2.5, got {text!r}") from None
 
 
 def _say(what: str, path: Path) -> None:

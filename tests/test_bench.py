@@ -138,3 +138,13 @@ def test_every_method_has_its_step_time(monkeypatch):
 def test_a_baseline_is_what_ours_is_a_multiple_of():
     case = {"baseline": "half", "contenders": {"half": {"p50": 1e-3, "state": "ok", "ours_is_faster": 0.5}}}
     assert report._entry(case, "half") == "1 ms (ours 2.00 of it)"
+
+
+def test_the_steps_of_dtml_agree_whoever_makes_the_targets():
+    from bench import steps
+
+    for case in (steps.step_case((32, 32, 16)), steps.targets_case((32, 32, 16))):
+        answers = {c.name: c.make()() for c in case.contenders}
+        assert list(answers) == [OURS, "scipy", "scipy, as DTML's code"]
+        for answer in answers.values():
+            assert timing.relative_error(answer, answers[case.oracle]) < case.tolerance

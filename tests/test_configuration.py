@@ -181,7 +181,7 @@ def scores(monkeypatch, dice):
 
     def given(self, cases):
         return (
-            [evaluate.Score("a", 1, next(values), 0.5, 1.0, "")]
+            [evaluate.Score("a", 1, next(values), 0.5, 1.0, 1.0, 1.0, 1.0, "")]
             if cases is self.data.validation
             else real(cases)
         )

@@ -78,6 +78,11 @@ def test_interrupted_in_a_run_it_goes_on_and_ends_the_same(source, tmp_path, mon
         ValueError, match=re.escape("was begun with other settings; take them, or another folder")
     ):
         go(tmp_path / "b", source, budget=4)
+    # A folder of a version that did not have one of the settings.
+    asked = json.loads((tmp_path / "b" / "study.json").read_text())
+    del asked["settings"]["weight_decay"]
+    (tmp_path / "b" / "study.json").write_text(json.dumps(asked))
+    assert go(tmp_path / "b", source) == rows
     text = (tmp_path / "b" / "results.md").read_text()
     assert "| MCPM | " in text and "AUROC" in text and "Order by Dice" in text
     assert (tmp_path / "b" / "results.png").read_bytes()[:4] == b"\x89PNG"
@@ -179,4 +184,34 @@ def test_command(source, tmp_path):
     assert "results.md" in result.output
     assert "Example: noisyseg reproduce" in CliRunner().invoke(cli.app, ["reproduce", "--help"]).output
     bad = CliRunner().invoke(cli.app, ["reproduce", "none"])
-    assert bad.exit_code == 2 and bad.stderr == "noisyseg: unknown study 'none'; choose from mcpm, umanet\n"
+    known = ", ".join(R.STUDIES)
+    assert bad.exit_code == 2 and bad.stderr == f"noisyseg: unknown study 'none'; choose from {known}\n"
+
+
+def test_one_rater_each_in_the_coplenet_study(tmp_path):
+    image, mask = (np.stack(a) for a in zip(*[blob((32, 32), i) for i in range(24)], strict=True))
+    raters = np.stack([mask, np.roll(mask, 1, 1), np.zeros_like(mask), np.roll(mask, 2, 2)], 1)
+    path = tmp_path / "raters.npz"
+    np.savez(path, image=image, mask=raters, patient=[f"p{i}" for i in range(24)], pixel_mm=np.ones(24))
+    study = R.get("coplenet")
+    data = study.data(R.replace(study.settings, data=str(path)))
+    drawn = study.under(data, "one rater")
+    assert drawn.test == data.test and study.under(data, "r = 0.4") is data
+    kinds = set()
+    for before, after in zip(data.training, drawn.training, strict=True):
+        assert after.labels.shape == (1, 32, 32) and after.labels.any()
+        same = [k for k in (0, 1, 3) if np.array_equal(after.labels[0], before.labels[k])]
+        assert same
+        kinds.update(same)
+    assert kinds == {0, 1, 3}  # one of those who marked something, not always the same
+    again = study.under(data, "one rater").training
+    assert all(np.array_equal(a.labels, b.labels) for a, b in zip(drawn.training, again, strict=True))
+
+
+def test_arms_of_one_condition_only():
+    study = R.get("coplenet")
+    settings = R.replace(study.settings, epochs=5, epoch_batches=100)
+    runs = R.plan(study, settings, study.default_arms, 1, Path("out"))
+    assert [r.condition for r in runs if r.arm == "mae"] == ["one rater"]
+    assert [r.condition for r in runs if r.arm == "nr_dice"] == ["one rater", "r = 0.4"]
+    assert [r.condition for r in runs if r.arm == "clean"] == [""]

@@ -22,6 +22,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 
 from .. import __version__
-from . import evaluate, methods, networks
+from . import evaluate, methods, networks, resample
 from .data import Array, Case, Data, Store, TrainingSet, check, open_data, patch_size
 from .evaluate import Summary
 from .files import write_csv, write_json, written
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-SCHEDULES = ("poly", "constant", "halve")
+SCHEDULES = ("poly", "constant", "halve", "tenth")
+OPTIMIZERS = ("adam", "sgd")
 TRAIN_ON = ("training", "meta", "both")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 COLUMNS = ("epoch", "train_loss", "val_dice", "val_iou", "val_hd95", "val_empty", "lr", "seconds")
@@ -59,9 +61,11 @@ class Config:
     epochs: int = 100
     epoch_batches: int | None = None  # steps of an epoch; None: one pass over the training cases
     batch_size: int = 16
-    lr: float = 1e-3  # of Adam
-    schedule: str = "poly"  # of lr: (1 - epoch/epochs)^0.9, nnU-Net's; "constant"; "halve"
-    halve_every: int = 10_000  # steps, of schedule "halve" (COPLE-Net sec. III-A)
+    optimizer: str = "adam"  # or "sgd", with momentum 0.9
+    lr: float = 1e-3
+    # Of lr: poly, (1 - epoch/epochs)^0.9, nnU-Net's; constant; halve; tenth, to a tenth (UA-MT's every 2500 steps).
+    schedule: str = "poly"
+    halve_every: int = 10_000  # steps, of schedules "halve" (COPLE-Net sec. III-A) and "tenth"
     weight_decay: float = 0.0
     patience: int | None = None  # stop after so many epochs without a better validation Dice
     noise_rate: float = 0.0  # share of training labels that are dilated
@@ -75,6 +79,7 @@ class Config:
     train_on: str = "training"  # the perhaps noisy cases, or "meta": the clean ones, or "both"
     ignore_label: int | None = None  # value in masks of pixels without a label, where the data do not name it
     patch: tuple[int, ...] | None = None
+    spacing: tuple[float, ...] | None = None  # resample all images to it; None: leave them as they are
     seed: int = 0
     device: str = "auto"
     precision: str = "32-true"
@@ -103,6 +108,10 @@ class Config:
             raise ValueError(f"unknown train_on {self.train_on!r}; choose from {', '.join(TRAIN_ON)}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}; choose from {', '.join(SCHEDULES)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
+        if self.spacing is not None:
+            resample.check(self.spacing)
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
         if not 0 < self.lr < math.inf:
@@ -125,8 +134,8 @@ class Config:
 
     def decay(self, step: int, steps_per_epoch: int) -> float:
         """What lr is multiplied by at that step."""
-        if self.schedule == "halve":
-            return float(0.5 ** (step // self.halve_every))
+        if self.schedule in ("halve", "tenth"):
+            return float((0.5 if self.schedule == "halve" else 0.1) ** (step // self.halve_every))
         return (1 - step // steps_per_epoch / self.epochs) ** 0.9 if self.schedule == "poly" else 1.0
 
 
@@ -161,8 +170,8 @@ def load_config(path: Path) -> Config:
 
 def config_of(values: Mapping[str, Any]) -> Config:
     """The settings as config.json and checkpoints keep them."""
-    patch = values["patch"]
-    return Config(**{**values, "patch": patch if patch is None else tuple(patch)})
+    sizes = {name: values[name] and tuple(values[name]) for name in ("patch", "spacing") if name in values}
+    return Config(**{**values, **sizes})
 
 
 @dataclass(frozen=True)
@@ -217,7 +226,7 @@ def train(
     check_needs(config, data)
     method = methods.get(config.method)
     parts = method.needs | method.wants
-    store = Store(data.classes, raters="raters" in parts)
+    store = Store(data.classes, raters="raters" in parts, spacing=config.spacing)
     with progress(console) as bars:
         task = bars.add_task("reading", total=len(data.split("all")), note="")
         shape = check(data, store, lambda: bars.advance(task))
@@ -246,6 +255,7 @@ def train(
             patch,
             dict(config.options),
             max(1, training.raters),
+            config.spacing,
         )
         loop = _Loop(config, spec, data, store, training)
         if resume:
@@ -362,7 +372,10 @@ class _Loop:
         self.method = spec.build()
         if config.foreground is not None:
             networks.start_at(self.method.network, config.foreground)
-        optimizer = torch.optim.Adam(self.method.trained(), lr=config.lr, weight_decay=config.weight_decay)
+        kind: Any = torch.optim.Adam
+        if config.optimizer == "sgd":
+            kind = partial(torch.optim.SGD, momentum=0.9)
+        optimizer = kind(self.method.trained(), lr=config.lr, weight_decay=config.weight_decay)
         self.batches = -(-training.items // config.batch_size)  # of an epoch
         self.method.plan = methods.Plan(optimizer, config.epochs * self.batches, self.batches)
         self.own_lr = {  # of the method's own optimisers, before any decay

@@ -1,4 +1,4 @@
-"""How good are the masks: Dice, IoU and HD95 in mm against the raters' consensus, case by case."""
+"""How good are the masks: Dice, IoU, HD95 and ASD against the raters' consensus, case by case."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ import torch
 from torch import Tensor
 
 from .. import metrics
+from . import resample
 from .data import MISSING, Array, Case, Data, Loaded, Store
 from .files import write_csv
 from .model import infer
 
-COLUMNS = ("case", "label", "dice", "iou", "hd95", "empty")
+COLUMNS = ("case", "label", "dice", "iou", "hd95", "asd", "hd95_voxels", "asd_voxels", "empty")
 
 
 class Score(NamedTuple):
     """One foreground label of one case.
 
-    HD95 is in the spacing's unit: inf where just one of the two masks is empty, nan where both are, and nan where
-    the reference lacks labels in places: what is left there has no surface that could be compared.
+    HD95, and ASD, the mean distance of the prediction's surface from the reference's (as in MedPy, with which the Left
+    Atrium papers measure), are in the spacing's unit and in voxels: inf where just one of the two masks is empty,
+    nan where both are, and nan where the reference lacks labels in places: what is left there has no surface that
+    could be compared.
     """
 
     case: str
@@ -31,11 +34,14 @@ class Score(NamedTuple):
     dice: float
     iou: float
     hd95: float
+    asd: float
+    hd95_voxels: float
+    asd_voxels: float
     empty: str  # "", "prediction", "reference" or "both"
 
 
 class Summary(NamedTuple):
-    """Means over cases and labels, of labelled pixels; HD95 where it is finite, and how often it is not.
+    """Means over cases and labels, of labelled pixels; HD95 and ASD where they are finite, and how often they are not.
 
     dice and iou count an empty prediction of a non-empty reference as 0 and leave out pairs where both are
     empty.
@@ -48,11 +54,15 @@ class Summary(NamedTuple):
     empty_predictions: int  # prediction empty, reference not: HD95 infinite
     empty_references: int  # reference empty, prediction not: HD95 infinite
     both_empty: int  # nothing to compare
+    asd: float = math.nan
+    hd95_voxels: float = math.nan
+    asd_voxels: float = math.nan
     partial: int = 0  # the others whose reference lacks labels in places: no HD95
 
     def sentence(self, unit: str) -> str:
         text = (
-            f"Dice {self.dice:.4f}, IoU {self.iou:.4f}, HD95 {self.hd95:.2f} {unit} over {self.masks} masks"
+            f"Dice {self.dice:.4f}, IoU {self.iou:.4f}, HD95 {self.hd95:.2f} {unit}, ASD {self.asd:.2f} {unit} "
+            f"over {self.masks} masks"
         )
         notes = [
             f"{n} {what}"
@@ -83,14 +93,19 @@ def score(
         ]
         if empty:
             value = math.nan if empty == "both" else 0.0
-            distance = math.nan if empty == "both" or partial else math.inf
-            scores.append(Score(case, label, value, value, distance, empty))
+            none = math.nan if empty == "both" or partial else math.inf
+            scores.append(Score(case, label, value, value, none, none, none, none, empty))
             continue
-        overlap, distance = metrics.overlap_metrics(p, t), math.nan
+        overlap = metrics.overlap_metrics(p, t)
+        distances = (math.nan, math.nan, math.nan, math.nan)
         if not partial:
-            surface = metrics.surface_metrics(p, t, tuple(spacing), definition="monai", percentile=95)
-            distance = float(surface.hd_percentile)
-        scores.append(Score(case, label, float(overlap.dice), float(overlap.jaccard), distance, empty))
+            here, voxels = (
+                metrics.surface_metrics(p, t, unit, definition="monai", percentile=95)
+                for unit in (tuple(spacing), None)
+            )
+            of_voxels = float(voxels.hd_percentile), float(voxels.asd)
+            distances = (float(here.hd_percentile), float(here.asd), *of_voxels)
+        scores.append(Score(case, label, float(overlap.dice), float(overlap.jaccard), *distances, empty))
     return scores
 
 
@@ -108,6 +123,9 @@ def summarize(scores: Sequence[Score]) -> Summary:
         empty.count("prediction"),
         empty.count("reference"),
         empty.count("both"),
+        mean([s.asd for s in scores]),
+        mean([s.hd95_voxels for s in scores]),
+        mean([s.asd_voxels for s in scores]),
         sum(not s.empty and math.isnan(s.hd95) for s in scores),
     )
 
@@ -159,10 +177,12 @@ def evaluate(
     batch_size: int = 16,
     seen: Callable[[], None] = lambda: None,
 ) -> list[Score]:
-    """Predict and score every case; `seen` is called after each."""
+    """Predict and score every case, on its own grid where the store resamples; `seen` is called after each."""
     scores: list[Score] = []
     for case, loaded, mask in predict_cases(predictor, cases, store, patch, device, batch_size):
-        scores += score(case.id, mask, loaded.target, loaded.spacing, store.classes)
+        target, spacing = loaded.own or (loaded.target, loaded.spacing)
+        mask = resample.resample_label(mask, target.shape)
+        scores += score(case.id, mask, target, spacing, store.classes)
         seen()
     return scores
 

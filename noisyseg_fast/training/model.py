@@ -29,6 +29,7 @@ class ModelSpec:
     patch: tuple[int, ...]
     options: Mapping[str, Any] = field(default_factory=dict)  # the method's
     raters: int = 1  # that the method learns from one by one
+    spacing: tuple[float, ...] | None = None  # of the images it takes; None: any
 
     @property
     def outputs(self) -> int:
@@ -61,7 +62,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def spec_of(checkpoint: Mapping[str, Any]) -> ModelSpec:
-    return ModelSpec(**{**checkpoint["model"], "patch": tuple(checkpoint["model"]["patch"])})
+    values = checkpoint["model"]
+    spacing = values.get("spacing")  # which older checkpoints have not
+    return ModelSpec(**{**values, "patch": tuple(values["patch"]), "spacing": spacing and tuple(spacing)})
 
 
 def load_model(checkpoint: Mapping[str, Any], device: torch.device) -> tuple[methods.Method, ModelSpec]:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .branches import BranchedUNet
 from .cople import COPLENet, by_slices
 from .vnet import VNet
 
@@ -208,12 +207,20 @@ def head(network: nn.Module) -> nn.Module:
     return blocks[-1]
 
 
+def before_head(network: nn.Module) -> nn.Module:
+    """The module of a network of `build` whose last input in a pass are the features that its head makes the logits
+    of: the head, or what drops some of them out before it."""
+    inner = getattr(network, "network", network)
+    return inner.dropout if isinstance(inner, VNet) else head(network)
+
+
 def start_at(network: nn.Module, foreground: float) -> None:
     """Set the bias of the last convolution so that an untrained network begins near so much foreground, shared
     alike by the foreground classes (Lin et al., Focal Loss, ICCV 2017, sec. 3.3); else it begins near a half."""
-    if isinstance(network, BranchedUNet):
-        for decoder in network.decoders:
-            start_at(decoder, foreground)
+    predictors = getattr(network, "predictors", None)  # of a network that makes logits in several places
+    if predictors is not None:
+        for part in predictors():
+            start_at(part, foreground)
         return
     convolutions = [m for m in network.modules() if isinstance(m, nn.modules.conv._ConvNd)]
     bias = convolutions[-1].bias if convolutions else None

@@ -17,7 +17,7 @@ from ...losses import dice_loss
 from ...task_losses import DualTaskTerms, dual_task_loss
 from ..networks import TwoHeads
 from .base import Batch, MakeNetwork, Method
-from .several import ensemble, labelled, mean_over
+from .several import each_class, ensemble, mean_over
 
 TESTED = ("segmentation", "distance", "mean")
 
@@ -66,6 +66,10 @@ class Study(NamedTuple):
 
         convention: of `signed_distance_map`. Where an image has none of a class its map is 1, where it has nothing
         else -1.
+
+        The labels' maps are made anew in each step. Maps kept for each case would have to be flipped and turned as the
+        image was, where the crop is the whole image, which takes a third of the time of making them; and that is
+        under 0.5 % of a step: 0.12 s of 26 s for 2 crops of 112x112x80 and a V-Net of width 4 on one busy core.
         """
         expected = signed_distance_map(
             self.target,
@@ -118,9 +122,7 @@ class SignedMethod(Method):
         images = torch.cat([image, batch["unlabelled"]]) if "unlabelled" in batch else image
         logits, maps = self.both(images)
         first = int(logits.shape[1] > 1)  # the background's map is not used
-        classes = range(1, logits.shape[1] + 1 - first)
-        target = torch.stack([label == c for c in classes], 1).to(torch.uint8)
-        known = labelled(label)[:, None].expand_as(target)
+        target, known = each_class(label, logits.shape[1])
         return Study(images, odds(logits), maps[:, first:], target, known)
 
     def forward(self, image: Tensor) -> Tensor:

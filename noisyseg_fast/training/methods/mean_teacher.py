@@ -33,15 +33,18 @@ class MeanTeacher(TeacherMethod):
 
     def training_step(self, batch: Batch, step: int) -> Losses:
         loss, image, logits = self.study(batch)
-        target, certain = self.target(image, step)
-        consistency = losses.consistency_loss(
-            logits, target, kind="mse", activation=self.activation, mask=certain
-        )
+        terms = self.compare(image, logits, step)
         weight = self.config.consistency * ramps.gaussian(step, self.config.ramp * self.plan.steps)
+        total = self.config.loss_weight * loss + weight * sum(terms.values())
+        return {"loss": total, "segmentation": loss, **terms}
+
+    def compare(self, image: Tensor, logits: Tensor, step: int) -> Losses:
+        """What the student's logits of the images must agree in with the teacher, and how far they do not."""
+        target, certain = self.target(image, step)
         return {
-            "loss": self.config.loss_weight * loss + weight * consistency,
-            "segmentation": loss,
-            "consistency": consistency,
+            "consistency": losses.consistency_loss(
+                logits, target, kind="mse", activation=self.activation, mask=certain
+            )
         }
 
     def target(self, image: Tensor, step: int) -> tuple[Tensor, Tensor | None]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ramps
+from ._adversary import AdversaryMethod
 from ._signed import SignedMethod
 from .base import Batch, Inputs, Losses, MakeNetwork, register
 
@@ -64,7 +65,7 @@ class Discriminator(nn.Module):
 
 
 @register("sassnet")
-class SASSNet(SignedMethod):
+class SASSNet(SignedMethod, AdversaryMethod):
     """A signed distance map beside the segmentation, and a discriminator that tells unlabelled images' maps."""
 
     Config = Config
@@ -72,14 +73,9 @@ class SASSNet(SignedMethod):
     def prepare(self, inputs: Inputs, make_network: MakeNetwork, training: bool) -> None:
         self.images: tuple[Tensor, int] | None = None  # of the step just done, and how many have labels
         if training:
-            self.discriminator = Discriminator(
-                inputs.spatial_dims, max(1, self.channels - 1), inputs.channels, self.config.width
-            )
-            adam = torch.optim.Adam(self.discriminator.parameters(), lr=self.config.lr, betas=(0.9, 0.99))
-            self.optimizers["discriminator"] = adam
-
-    def exported(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.state_dict().items() if name.startswith("network.")}
+            maps = max(1, self.channels - 1)
+            told = Discriminator(inputs.spatial_dims, maps, inputs.channels, self.config.width)
+            self.oppose(told, self.config.lr)
 
     def training_step(self, batch: Batch, step: int) -> Losses:
         study = self.study(batch)
@@ -92,9 +88,7 @@ class SASSNet(SignedMethod):
         count = len(study.target)
         self.images = (study.images, count) if len(study.images) > count else None
         if self.images is not None:
-            self.discriminator.eval().requires_grad_(False)
-            taken = self.discriminator(study.maps[count:], study.images[count:])
-            self.discriminator.requires_grad_(True)
+            taken = self.judge(study.maps[count:], study.images[count:])
             adversarial = F.cross_entropy(taken, torch.ones_like(taken[:, 0], dtype=torch.long))
             weight = self.config.adversarial * ramps.gaussian(step, self.config.ramp * self.plan.steps)
             losses |= {"loss": losses["loss"] + weight * adversarial, "adversarial": adversarial}
@@ -111,9 +105,6 @@ class SASSNet(SignedMethod):
         self.network.train()
         self.discriminator.train()
         has_label = (torch.arange(len(images), device=images.device) < count).long()
-        loss = F.cross_entropy(self.discriminator(maps[:, int(maps.shape[1] > 1) :], images), has_label)
-        optimizer = self.optimizers["discriminator"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        said = self.discriminator(maps[:, int(maps.shape[1] > 1) :], images)
+        self.correct(F.cross_entropy(said, has_label))
         self.images = None

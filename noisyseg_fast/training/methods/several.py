@@ -32,3 +32,10 @@ def labelled(label: Tensor) -> Tensor:
 def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
     """The mean of the chosen values; 0 when there are none."""
     return torch.where(chosen, values, 0).sum() / chosen.sum().clamp(min=1)
+
+
+def each_class(label: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Of each foreground class: where the label is that class (B, F, *S) uint8, and where there is a label (B, F, *S)
+    bool. channels: of the network, 1 for two classes."""
+    target = torch.stack([label == c for c in range(1, max(2, channels))], 1).to(torch.uint8)
+    return target, labelled(label)[:, None].expand_as(target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class TeacherMethod(Method):
     """
 
     sparse = True
+    everywhere: ClassVar[bool] = False  # whether the teacher is asked about labelled images, too
 
     def __init__(self, config: Any, make_network: MakeNetwork, channels: int) -> None:
         super().__init__(config, make_network, channels)
@@ -42,19 +43,20 @@ class TeacherMethod(Method):
 
     @torch.no_grad()
     def uncertainty(self, image: Tensor, passes: int) -> Tensor:
-        """Entropy (B, *S) of the mean of several noisy passes of the teacher, divided by its largest value ln C
-        (UA-MT's code and SSL4MIS keep ln 2 for any C). Dropout is on where the network has any."""
-        mean = torch.stack([class_probabilities(self.teach(image)) for _ in range(passes)]).mean(0)
-        entropy: Tensor = torch.special.entr(mean).sum(1)
-        return entropy / math.log(mean.shape[1])
+        """Entropy (B, *S) of the mean of several noisy passes of the teacher, divided by its largest value.
+        Dropout is on where the network has any."""
+        return entropy(torch.stack([class_probabilities(self.teach(image)) for _ in range(passes)]).mean(0))
 
     def study(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of the labelled images, and the images that the teacher is asked about, with the student's
-        logits: the unlabelled ones where there are any, else the labelled ones too."""
-        image, unlabelled = batch["image"], batch.get("unlabelled")
-        logits = self.network(image if unlabelled is None else torch.cat([image, unlabelled]))
-        loss = segmentation_loss(self.config.loss, logits[: len(image)], batch["label"])
-        return (loss, image, logits) if unlabelled is None else (loss, unlabelled, logits[len(image) :])
+        logits: all of them, or the unlabelled ones alone where there are any and `everywhere` is not set."""
+        image, label = batch["image"], batch["label"]
+        alone = "unlabelled" in batch and not self.everywhere
+        if "unlabelled" in batch:
+            image = torch.cat([image, batch["unlabelled"]])
+        logits = self.network(image)
+        loss = segmentation_loss(self.config.loss, logits[: len(label)], label)
+        return (loss, image[len(label) :], logits[len(label) :]) if alone else (loss, image, logits)
 
     def training_step(self, batch: Batch, step: int) -> Losses:
         raise NotImplementedError
@@ -65,3 +67,9 @@ class TeacherMethod(Method):
     def forward(self, image: Tensor) -> Tensor:
         logits: Tensor = (self.network if self.config.tested == "student" else self.teacher)(image)
         return logits
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """(B, *S) of (B, C, *S), divided by its largest value ln C (UA-MT's code and SSL4MIS keep ln 2 for any C)."""
+    result: Tensor = torch.special.entr(probabilities).sum(1)
+    return result / math.log(probabilities.shape[1])

@@ -1,0 +1,176 @@
+"""The Left Atrium 2018 set (Xiong et al., Medical Image Analysis 2021) as the public semi-supervised code lays it out.
+
+    DIR/train.list, DIR/test.list       names of cases, one a line: 80 and 20 (UA-MT, SASSNet, DTC, DTML)
+    DIR/labelled.list                   optional: the names whose labels are trained on; else the first fifth of
+                                        train.list, 16 of 80
+    DIR/2018LA_Seg_Training Set/<case>/mri_norm2.h5        with "image" and "label", (x, y, z), or
+    DIR/2018LA_Seg_Training Set/<case>/lgemri.nrrd, laendo.nrrd       as the challenge gave them
+
+The cases may also lie in DIR itself, and the lists beside it. mri_norm2.h5 is z-scored and cropped to the object with a
+margin by UA-MT's la_heart_processing.py, from the labels of all cases; `boxed` crops other volumes alike. It holds no
+spacing: the challenge's scans have 0.625 mm along each axis. NRRD labels are 0 and 255.
+
+The cases that are to count as unlabelled keep their labels, for whoever trains an upper bound; training never looks
+there. h5py and SimpleITK come with the extra "la".
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .data import Array, Case, Data, DataError, Raw, load
+
+SPACING = (0.625, 0.625, 0.625)  # mm, of every scan of the challenge
+FOLDERS = ("2018LA_Seg_Training Set", "2018LA_Seg_Training")
+SHARE = 0.2  # of train.list that is labelled: 16 of 80
+MARGIN = (10, 20)  # voxels around the object, la_heart_processing.py
+
+
+def _lists(root: Path) -> Path | None:
+    """The folder with train.list: DIR or the one above."""
+    return next((place for place in (root, root.parent) if (place / "train.list").is_file()), None)
+
+
+def is_atrium(root: Path) -> bool:
+    """Whether the folder has this layout."""
+    return _lists(root) is not None
+
+
+def open_atrium(root: Path) -> Data:
+    """The set by its lists, with no validation part; nothing but names is read.
+
+    unlabelled: the other training cases, with their labels. DataError for a list that is missing or empty, names a case
+    twice or one that is not there.
+    """
+    lists = _lists(root)
+    if lists is None:
+        raise DataError(f"{root}: has no train.list, the names of the training cases, one a line")
+    train, test = _names(lists / "train.list"), _names(lists / "test.list")
+    twice = sorted(set(train) & set(test))
+    if twice:
+        raise DataError(f"{lists / 'test.list'}: {twice[0]} is in train.list, too")
+    if (lists / "labelled.list").is_file():
+        labelled = _names(lists / "labelled.list")
+        for name in labelled:
+            if name not in train:
+                raise DataError(f"{lists / 'labelled.list'}: {name} is not in train.list")
+    else:
+        labelled = train[: max(1, round(SHARE * len(train)))]
+    cases = {name: _case(root, name) for name in [*train, *test]}
+    return Data(
+        [cases[name] for name in train if name in labelled],
+        [],
+        [cases[name] for name in test],
+        source=str(root),
+        unlabelled=[cases[name] for name in train if name not in labelled],
+    )
+
+
+def _names(path: Path) -> list[str]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; it holds the names of the cases, one a line")
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not names:
+        raise DataError(f"{path}: names no case")
+    if len(set(names)) < len(names):
+        raise DataError(f"{path}: names {max(names, key=names.count)} twice")
+    return names
+
+
+def _case(root: Path, name: str) -> Case:
+    for place in (root, *(root / folder for folder in FOLDERS)):
+        folder = place / name
+        if (folder / "mri_norm2.h5").is_file():
+            path = folder / "mri_norm2.h5"
+            return Case(name, name, (path,), (path,))
+        if (folder / "lgemri.nrrd").is_file():
+            return Case(name, name, (folder / "lgemri.nrrd",), (folder / "laendo.nrrd",))
+    raise DataError(
+        f"{root}: case {name} of the lists has neither {name}/mri_norm2.h5 nor {name}/lgemri.nrrd, "
+        f'here or in "{FOLDERS[0]}"'
+    )
+
+
+def read(path: Path, what: str) -> Raw:
+    """The "image" or "label" in a .h5; a .nrrd, whose label 255 becomes 1. DataError where that cannot be."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    return _read_h5(path, what) if path.suffix == ".h5" else _read_nrrd(path, what)
+
+
+def _module(name: str, path: Path) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise DataError(
+            f"{path}: cannot be read, {name} is not installed; pip install 'noisyseg-fast[la]'"
+        ) from None
+
+
+def _read_h5(path: Path, what: str) -> Raw:
+    h5py = _module("h5py", path)
+    try:
+        with h5py.File(path, "r") as file:
+            array = np.asarray(file[what])
+    except (OSError, KeyError) as error:
+        raise DataError(f'{path}: cannot be read as HDF5 with "image" and "label": {error}') from error
+    if array.ndim != 3:
+        raise DataError(f'{path}: "{what}" has shape {array.shape}; a volume is needed')
+    return Raw(_ones(array) if what == "label" else array, SPACING, np.diag([*SPACING, 1.0]))
+
+
+def _read_nrrd(path: Path, what: str) -> Raw:
+    sitk = _module("SimpleITK", path)
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise DataError(f"{path}: cannot be read as NRRD: {str(error).strip().splitlines()[-1]}") from error
+    array = np.ascontiguousarray(sitk.GetArrayViewFromImage(image).T)  # (x, y, z), as in the h5 files
+    if array.ndim != 3:
+        raise DataError(f"{path}: has shape {array.shape}; a volume is needed")
+    affine, spacing = np.eye(4), tuple(float(s) for s in image.GetSpacing())
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * spacing
+    affine[:3, 3] = image.GetOrigin()
+    affine[:2] *= -1  # from LPS to RAS
+    return Raw(_ones(array) if what == "label" else array, spacing, affine)
+
+
+def _ones(label: Array) -> Array:
+    """With 1 for 255 where there is nothing else."""
+    return label // 255 if label.max(initial=0) == 255 and np.isin(label, (0, 255)).all() else label
+
+
+def boxed(
+    case: Case,
+    classes: int,
+    smallest: tuple[int, ...],
+    generator: np.random.Generator,
+    margin: tuple[int, int] = MARGIN,
+) -> Case:
+    """The case cropped as la_heart_processing.py does: in the first two axes to the box of the labels' consensus, but
+    at least `smallest`, and a number of voxels more on every side, drawn from range(*margin); the other axis stays.
+    As there, this looks at the labels of every case, those of test and unlabelled ones, too.
+    """
+    image, target, spacing, raters, _ = load(case, classes)
+    if not target.any():
+        return replace(case, image=image, labels=raters, spacing=spacing)
+    ranges = [slice(None)] * target.ndim
+    for axis in range(2):
+        shown = np.flatnonzero(target.any(tuple(a for a in range(target.ndim) if a != axis)))
+        first, last = int(shown[0]), int(shown[-1]) + 1
+        lacking = max(0, smallest[axis] - (last - first))
+        first -= lacking // 2 + int(generator.integers(*margin))
+        last += lacking - lacking // 2 + int(generator.integers(*margin))
+        ranges[axis] = slice(max(0, first), min(target.shape[axis], last))
+    here = tuple(ranges)
+    return replace(
+        case,
+        image=np.ascontiguousarray(image[(slice(None), *here)]),
+        labels=np.ascontiguousarray(raters[(slice(None), *here)]),
+        spacing=spacing,
+    )
