@@ -30,6 +30,7 @@ NAMES = (
     "weight_nets",
     "norms",
     "meta",
+    "methods",
     "steps",
 )
 FAMILIES = {name: importlib.import_module(f".{name}", __package__) for name in NAMES}

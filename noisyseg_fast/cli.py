@@ -69,6 +69,9 @@ Option = typer.Option
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
 SOURCE = "'sample', a folder (imagesTr and labelsTr, or CASE_image and CASE_label), a datalist .json or arrays .npz."
 METAVAR = "sample|DIR|JSON|NPZ"
+IGNORE = Option(
+    help="The value in masks of pixels without a label (sparse labels), as 255, where the data name none."
+)
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -119,8 +122,9 @@ def train(
     network: Annotated[
         str | None,
         Option(
-            help="unet, basicunet, attention_unet, segresnet, dynunet, vnet, vnet_group, vnet_instance, vnet_plain, "
-            "monai_vnet, coplenet; NAME-2d takes volumes slice by slice. [default: the method's, mostly unet]"
+            help="unet, basicunet, scse_unet, attention_unet, segresnet, dynunet, vnet, vnet_group, vnet_instance, "
+            "vnet_plain, monai_vnet, coplenet; NAME-2d takes volumes slice by slice. "
+            "[default: the method's, mostly unet]"
         ),
     ] = None,
     width: Annotated[int | None, Option(help="Channels on the finest level. [default: 16]")] = None,
@@ -143,6 +147,7 @@ def train(
     patch: Annotated[
         str | None, Option(help="Patch size, as 96x96x32. [default: the image, or 256^2, 64^3]")
     ] = None,
+    ignore_label: Annotated[int | None, IGNORE] = None,
     spacing: Annotated[
         str | None,
         Option(help="Resample all images to this voxel spacing in mm, as 1,1,1. [default: as they are]"),
@@ -201,6 +206,7 @@ def train(
         "meta_fraction": meta_fraction,
         "train_on": train_on,
         "patch": _size(patch) if patch else None,
+        "ignore_label": ignore_label,
         "spacing": _spacing(spacing) if spacing else None,
         "optimizer": optimizer,
         "schedule": schedule,
@@ -213,7 +219,11 @@ def train(
     }
     given = {name: value for name, value in given.items() if value is not None}
     if resume is None:
-        config = dataclasses.replace(engine.load_config(settings) if settings else engine.Config(), **given)
+        config = engine.load_config(settings) if settings else engine.Config()
+        # The file's options are its method's; --set changes those that it names.
+        kept = config.options if given.get("method", config.method) == config.method else {}
+        given["options"] = {**kept, **given.get("options", {})}
+        config = dataclasses.replace(config, **given)
     else:
         if settings is not None:
             raise ValueError("--resume takes its settings from the run's folder, not from --config")
@@ -240,14 +250,18 @@ def evaluate(
     data: Annotated[str | None, Option(help=f"{SOURCE} [default: the run's]", metavar=METAVAR)] = None,
     split: Annotated[str, Option(help="training, validation, test, meta or all.")] = "test",
     file: Annotated[Path | None, Option("--out", help="CSV with a row for each case.")] = None,
+    ignore_label: Annotated[int | None, IGNORE] = None,
     device: Device = "auto",
 ) -> None:
     """Dice, IoU and HD95 of a trained network against the raters' consensus, case by case.
 
     Example: `noisyseg evaluate runs/nr_dice/best.pt --data DIR --split all --out scores.csv`
 
-    Without --data it is the run's own data; the split by patient is the run's.
+    Without --data it is the run's own data; the split by patient is the run's. Pixels without a label do not count;
+    a mask that has any gets no HD95.
     """
+    import dataclasses
+
     from .training import evaluate as scoring
     from .training.data import Store
     from .training.engine import config_of, open_run, progress
@@ -255,7 +269,10 @@ def evaluate(
 
     place = pick_device(device)
     state = read_checkpoint(checkpoint)
-    source = open_run(config_of(state["config"]), data)
+    config = config_of(state["config"])
+    if ignore_label is not None:
+        config = dataclasses.replace(config, ignore_label=ignore_label)
+    source = open_run(config, data)
     cases = source.split(split)
     method, spec = load_model(state, place)
     if source.classes != spec.classes:

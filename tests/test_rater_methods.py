@@ -370,6 +370,22 @@ def test_each_method_learns_a_few_patches(name, dims, raters, classes):
     assert losses["loss"] < (0.7 if dims == 2 else 0.97) * first
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_each_method_fits_eight_patches(name):
+    tau = {"tau_confidence": 10.0, "tau_agreement": 10.0} if name == "umanet" else {}
+    method, batch = build(name, 3, steps=40, **tau), scene(8)
+    for i in range(8):  # each somewhere else
+        for part in ("image", "label"):
+            batch[part][i] = batch[part][i].roll((3 * i % 7, i), (-2, -1))
+    batch["raters"] = torch.stack([batch["label"].roll(int(m == 0), 1) for m in range(3)], 1)
+    for number in range(40):
+        step_grads(method, batch, number)
+        method.plan.optimizer.step()
+    found = method.eval()(batch["image"])[:, 0] > 0
+    truth = batch["label"] == 1
+    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.85
+
+
 def test_umanet_fits_what_most_raters_drew():
     method = build(raters=4, steps=50, tau_confidence=10.0, tau_agreement=10.0)
     batch = scene(raters=4)

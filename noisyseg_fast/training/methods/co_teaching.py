@@ -29,6 +29,7 @@ class CoTeaching(Method):
     """Two networks; each learns from what has a small loss in the other. The first is tested."""
 
     Config = Config
+    sparse = True
 
     def __init__(self, config: Any, make_network: MakeNetwork, channels: int) -> None:
         super().__init__(config, make_network, channels)
