@@ -240,11 +240,15 @@ def _train(run: Run, data: Data, console: Console | None) -> dict[str, Any]:
 
 
 def values(rows: Iterable[Mapping[str, Any]], arm: str, condition: str, measure: str) -> dict[int, float]:
-    """Seed -> figure; an arm that is the same everywhere counts under each condition."""
+    """Seed -> figure; an arm that is the same everywhere counts under each condition. A distance of a run whose
+    predictions are all empty is left out."""
     return {
         row["seed"]: row[measure]
         for row in rows
-        if row["arm"] == arm and row["condition"] in ("", condition) and row[measure] is not None
+        if row["arm"] == arm
+        and row["condition"] in ("", condition)
+        and row[measure] is not None
+        and math.isfinite(row[measure])
     }
 
 
@@ -305,9 +309,11 @@ def _table(study: Study, rows: Sequence[Mapping[str, Any]], condition: str) -> l
     for arm in _shown(study, rows, condition):
         cells = [study.arms[arm].label]
         digits = [2 if m.distance else 4 for m in measures.values()]
+        seeds = len(values(rows, arm, condition, "dice"))
         for measure, places in zip(measures, digits, strict=True):
-            cells.append(_spread(list(values(rows, arm, condition, measure).values()), places))
-        cells.append(str(len(values(rows, arm, condition, "dice"))))
+            figures = list(values(rows, arm, condition, measure).values())
+            cells.append(_spread(figures, places) + (f" (of {len(figures)})" if len(figures) < seeds else ""))
+        cells.append(str(seeds))
         paper = study.paper.get((arm, condition), (None,) * len(measures))
         cells += ["" if v is None else f"{v:.{d}f}" for v, d in zip(paper, digits, strict=True)]
         lines.append("| " + " | ".join(cells) + " |")
@@ -320,6 +326,11 @@ def _spread(numbers: Sequence[float], digits: int) -> str:
         return "–"
     mean = f"{np.mean(numbers):.{digits}f}"
     return f"{mean} ± {np.std(numbers, ddof=1):.{digits}f}" if len(numbers) > 1 else mean
+
+
+def _mean(numbers: Iterable[float], none: float) -> float:
+    found = list(numbers)
+    return float(np.mean(found)) if found else none
 
 
 def _reading(study: Study, rows: Sequence[Mapping[str, Any]], condition: str) -> list[str]:
@@ -344,7 +355,7 @@ def _reading(study: Study, rows: Sequence[Mapping[str, Any]], condition: str) ->
             continue
         sign = 1 if distance else -1
         theirs = sorted(published, key=lambda arm: sign * published[arm])
-        got = {arm: float(np.mean(list(values(rows, arm, condition, measure).values()))) for arm in theirs}
+        got = {arm: _mean(values(rows, arm, condition, measure).values(), sign * math.inf) for arm in theirs}
         here = sorted(theirs, key=lambda arm: sign * got[arm])
         word = "the same" if here == theirs else "another"
         lines.append(
