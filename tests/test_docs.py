@@ -1,4 +1,4 @@
-"""docs/: every Python block runs, every command line is one that the command takes, the site builds without a warning."""
+"""docs/: every Python block runs, every command line parses, the site builds without warnings."""
 
 from __future__ import annotations
 

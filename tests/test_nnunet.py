@@ -57,10 +57,17 @@ def folders(tmp_path_factory):
     data = root / "raw" / "Dataset501_Balls"
     random = np.random.default_rng(0)
     for i in range(10):
-        grid = np.indices((40, 48, 12)) - random.uniform(10, 30, 3).reshape(3, 1, 1, 1) * [[[[1]]], [[[1]]], [[[0.3]]]]
+        grid = np.indices((40, 48, 12)) - random.uniform(10, 30, 3).reshape(3, 1, 1, 1) * [
+            [[[1]]],
+            [[[1]]],
+            [[[0.3]]],
+        ]
         mask = (np.sqrt((grid**2 * np.array([1, 1, 4]).reshape(3, 1, 1, 1)).sum(0)) < 8).astype(np.uint8)
         image = (mask + 0.3 * random.standard_normal(mask.shape)).astype(np.float32)
-        for folder, name, array in (("imagesTr", f"case_{i:02}_0000", image), ("labelsTr", f"case_{i:02}", mask)):
+        for folder, name, array in (
+            ("imagesTr", f"case_{i:02}_0000", image),
+            ("labelsTr", f"case_{i:02}", mask),
+        ):
             path = data / folder / f"{name}.nii.gz"
             path.parent.mkdir(parents=True, exist_ok=True)
             nibabel.save(nibabel.Nifti1Image(array, np.diag([1, 1, 3, 1])), path)

@@ -1,7 +1,7 @@
 """The peers' own test files against our drop-ins, taken from the installed packages.
 
-Of those that we replace, SciPy's wheel alone ships its tests; MedPy's, MONAI's and torchmetrics' hold none, so nothing of
-theirs can be run here (the sdists are not installed by anything). tests/test_compat*.py compares with them instead.
+Of those that we replace, SciPy's wheel alone ships its tests; MedPy's, MONAI's and torchmetrics' hold none, so
+nothing of theirs can be run here. tests/test_compat*.py compares with these packages instead.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ def run_scipys(folder: Path, ours: str) -> tuple[dict[str, int], set[str], str]:
     (folder / "ours_for_scipys.py").write_text(PLUGIN.replace("OURS", ours))
     environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
     command = (
-        ["-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist", "-p", "ours_for_scipys", "--pyargs"]
+        "-m pytest -q -rf -p no:cacheprovider -p no:xdist -p ours_for_scipys --pyargs "
+        "scipy.ndimage.tests.test_morphology -k distance_transform_edt"
     )
     done = subprocess.run(
-        [sys.executable, *command, "scipy.ndimage.tests.test_morphology", "-k", "distance_transform_edt"],
+        [sys.executable, *command.split()],
         cwd=folder,
         env=environment,
         capture_output=True,
