@@ -34,7 +34,7 @@ def markdown(text: str) -> str:
             line = _plain(line)
         if block == "example" != kind:
             done.append("```")
-        if kind != block and done and done[-1]:
+        if kind != block and line and done and done[-1]:
             done.append("")
         if kind == "example" != block:
             done.append("```pycon")
