@@ -44,7 +44,7 @@ $(VENV)/.demo: $(VENV)/.tools $(sources)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(pip) -c $(VENV)/constraints.txt --no-binary elasticdeform 'noisyseg-fast[bench,dev,docs]'  # its wheels: for NumPy 1
+	$(pip) -c $(VENV)/constraints.txt --no-binary elasticdeform 'noisyseg-fast[bench,la,dev,docs]'  # wheels: for NumPy 1
 	$(pip) -c $(VENV)/constraints.txt --no-deps PYMIC  # its losses need torch alone
 	touch $@
 

@@ -19,7 +19,20 @@ from noisyseg_fast.timing import measure
 from . import report
 
 # Each a module here with cases(device, quick), in the order in which they are run.
-NAMES = ("losses", "task_losses", "distance", "metrics", "labels", "noise", "weight_nets", "norms", "meta")
+NAMES = (
+    "losses",
+    "task_losses",
+    "distance",
+    "metrics",
+    "labels",
+    "noise",
+    "pixels",
+    "weight_nets",
+    "norms",
+    "meta",
+    "methods",
+    "steps",
+)
 FAMILIES = {name: importlib.import_module(f".{name}", __package__) for name in NAMES}
 
 

@@ -143,6 +143,7 @@ def _record(measured: Measurement) -> dict[str, Any]:
         "input": case.input,
         "device": case.device,
         "headline": case.headline,
+        "baseline": case.baseline,
         "bytes_moved": case.moved,
         "fraction_of_copy_bandwidth": measured.of_copy(),
         "contenders": {
@@ -225,6 +226,8 @@ def _entry(case: dict[str, Any], name: str) -> str:
     if timed["p50"] is None:
         return f"wrong: {timed['note']}" if timed["state"] == "wrong" else timed["state"]
     faster = timed["ours_is_faster"]
+    if faster and name == case.get("baseline"):
+        return f"{duration(timed['p50'])} (ours {1 / faster:.2f} of it)"
     return duration(timed["p50"]) + (f" ({faster:.1f}x)" if name != OURS and faster else "")
 
 

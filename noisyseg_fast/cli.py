@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,6 +69,9 @@ Option = typer.Option
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
 SOURCE = "'sample', a folder (imagesTr and labelsTr, or CASE_image and CASE_label), a datalist .json or arrays .npz."
 METAVAR = "sample|DIR|JSON|NPZ"
+IGNORE = Option(
+    help="The value in masks of pixels without a label (sparse labels), as 255, where the data name none."
+)
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -118,8 +122,9 @@ def train(
     network: Annotated[
         str | None,
         Option(
-            help="unet, basicunet, attention_unet, segresnet, dynunet, vnet, vnet_group, vnet_instance, vnet_plain, "
-            "monai_vnet, coplenet; NAME-2d takes volumes slice by slice. [default: the method's, mostly unet]"
+            help="unet, basicunet, scse_unet, attention_unet, segresnet, dynunet, vnet, vnet_group, vnet_instance, "
+            "vnet_plain, monai_vnet, coplenet; NAME-2d takes volumes slice by slice. "
+            "[default: the method's, mostly unet]"
         ),
     ] = None,
     width: Annotated[int | None, Option(help="Channels on the finest level. [default: 16]")] = None,
@@ -142,6 +147,7 @@ def train(
     patch: Annotated[
         str | None, Option(help="Patch size, as 96x96x32. [default: the image, or 256^2, 64^3]")
     ] = None,
+    ignore_label: Annotated[int | None, IGNORE] = None,
     spacing: Annotated[
         str | None,
         Option(help="Resample all images to this voxel spacing in mm, as 1,1,1. [default: as they are]"),
@@ -200,6 +206,7 @@ def train(
         "meta_fraction": meta_fraction,
         "train_on": train_on,
         "patch": _size(patch) if patch else None,
+        "ignore_label": ignore_label,
         "spacing": _spacing(spacing) if spacing else None,
         "optimizer": optimizer,
         "schedule": schedule,
@@ -212,7 +219,11 @@ def train(
     }
     given = {name: value for name, value in given.items() if value is not None}
     if resume is None:
-        config = dataclasses.replace(engine.load_config(settings) if settings else engine.Config(), **given)
+        config = engine.load_config(settings) if settings else engine.Config()
+        # The file's options are its method's; --set changes those that it names.
+        kept = config.options if given.get("method", config.method) == config.method else {}
+        given["options"] = {**kept, **given.get("options", {})}
+        config = dataclasses.replace(config, **given)
     else:
         if settings is not None:
             raise ValueError("--resume takes its settings from the run's folder, not from --config")
@@ -239,14 +250,18 @@ def evaluate(
     data: Annotated[str | None, Option(help=f"{SOURCE} [default: the run's]", metavar=METAVAR)] = None,
     split: Annotated[str, Option(help="training, validation, test, meta or all.")] = "test",
     file: Annotated[Path | None, Option("--out", help="CSV with a row for each case.")] = None,
+    ignore_label: Annotated[int | None, IGNORE] = None,
     device: Device = "auto",
 ) -> None:
     """Dice, IoU and HD95 of a trained network against the raters' consensus, case by case.
 
     Example: `noisyseg evaluate runs/nr_dice/best.pt --data DIR --split all --out scores.csv`
 
-    Without --data it is the run's own data; the split by patient is the run's.
+    Without --data it is the run's own data; the split by patient is the run's. Pixels without a label do not count;
+    a mask that has any gets no HD95.
     """
+    import dataclasses
+
     from .training import evaluate as scoring
     from .training.data import Store
     from .training.engine import config_of, open_run, progress
@@ -254,7 +269,10 @@ def evaluate(
 
     place = pick_device(device)
     state = read_checkpoint(checkpoint)
-    source = open_run(config_of(state["config"]), data)
+    config = config_of(state["config"])
+    if ignore_label is not None:
+        config = dataclasses.replace(config, ignore_label=ignore_label)
+    source = open_run(config, data)
     cases = source.split(split)
     method, spec = load_model(state, place)
     if source.classes != spec.classes:
@@ -283,11 +301,34 @@ def predict(
         list[Path], typer.Argument(help="Image files (.nii.gz, .nii, .png), or folders of them.")
     ],
     folder: Annotated[Path, Option("--out", help="Folder for the masks.")],
+    flips: Annotated[
+        bool,
+        Option("--flips", help="Average the probabilities over all flips: 4 passes for 2D models, 8 for 3D."),
+    ] = False,
+    largest_component: Annotated[
+        bool,
+        Option(
+            "--largest-component", help="Keep only the largest component of each class (8 or 26 neighbours)."
+        ),
+    ] = False,
+    overlap: Annotated[float, Option(help="Share of a window that the next one covers too.")] = 0.5,
+    axis: Annotated[
+        str | None,
+        Option(
+            help="Slices that a 2D model takes of a volume: sagittal, coronal or axial. "
+            "[default: across the largest spacing]"
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, Option("--resume", help="Go on with an interrupted run: keep what --out holds of the same run.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Write the masks of new images: NIfTI uint8 with the image's affine; PNG for PNG.
 
     Example: `noisyseg predict runs/nr_dice/best.pt scans/ --out masks/`
+
+    Example: `noisyseg predict runs/nr_dice/best.pt scans/ --out masks/ --flips --largest-component --resume`
     """
     from .training import predict as prediction
     from .training.engine import progress
@@ -295,29 +336,43 @@ def predict(
 
     place = pick_device(device)
     method, spec = load_model(read_checkpoint(checkpoint), place)
+    options = prediction.Options(overlap, flips, largest_component, axis)
+    options.check(spec)
     todo = prediction.jobs(images, folder, spec.channels)
-    with progress(out) as bars:
-        task = bars.add_task("reading", total=len(todo), note="")
-        prediction.check(todo, spec, lambda: bars.advance(task))
-        bars.remove_task(task)
-        task = bars.add_task("predicting", total=len(todo), note="")
-        prediction.predict(method, spec, todo, place, lambda: bars.advance(task))
-    _say(f"{len(todo)} mask(s)", folder)
+    journal = prediction.Journal(folder, checkpoint, options, resume)
+    left = journal.left(todo)
+    try:
+        with progress(out) as bars:
+            task = bars.add_task("reading", total=len(left), note="")
+            prediction.check(left, spec, options, lambda: bars.advance(task))
+            bars.remove_task(task)
+            task = bars.add_task("predicting", total=len(left), note="")
+            seen = partial(bars.advance, task)
+            prediction.predict(method, spec, left, place, seen, options=options, journal=journal)
+    except KeyboardInterrupt:
+        print("noisyseg: interrupted; the same command with --resume goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    kept = f" ({len(todo) - len(left)} of them were there)" if len(left) < len(todo) else ""
+    _say(f"{len(todo)} mask(s){kept}", folder)
 
 
 @app.command()
 def reproduce(
-    study: Annotated[str, typer.Argument(help="Which: mcpm.")],
+    study: Annotated[str, typer.Argument(help="Which: mcpm, umanet, coplenet or dtml.")],
     data: Annotated[str, Option(help=SOURCE, metavar=METAVAR)] = "sample",
     seeds: Annotated[int, Option(help="How many, from 0.")] = 3,
-    budget: Annotated[int, Option(help="Iterations of every run.")] = 500,
+    budget: Annotated[int | None, Option(help="Iterations of every run. [default: the study's]")] = None,
     arm: Annotated[list[str] | None, Option(help="Only this arm; repeatable. [default: the paper's]")] = None,
+    condition: Annotated[list[str] | None, Option(help="Only under this condition; repeatable.")] = None,
     folder: Annotated[Path | None, Option("--out", help="[default: runs/STUDY]")] = None,
     quick: Annotated[bool, Option("--quick", help="Tiny runs, to try the machinery.")] = False,
 ) -> None:
     """Repeat a paper's comparison, with the same budget for all arms. Interrupted, it goes on when called again.
 
     Example: `noisyseg reproduce mcpm --data lidc2d_64.npz --seeds 3 --out runs/mcpm`
+
+    Example: `noisyseg reproduce dtml --data DIR`, where DIR holds train.list, test.list and the Left Atrium 2018 cases:
+    the paper's experiment
     """
     from .training import reproduce as studies
 
@@ -328,8 +383,9 @@ def reproduce(
             folder,
             data=data,
             seeds=seeds,
-            budget=min(budget, 4) if quick else budget,
+            budget=min(budget or 4, 4) if quick else budget,
             arms=arm or (),
+            conditions=condition or (),
             quick=quick,
             console=out,
         )

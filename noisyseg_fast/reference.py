@@ -872,6 +872,163 @@ def agreement(annotations: Tensor, *, classes: int = 2) -> tuple[Tensor, float, 
     return dice, float((observed - expected) / (1 - expected)), float(1 - apart / by_chance)
 
 
+# ---- pixels ---------------------------------------------------------------------------------------
+
+
+def _image_rows(values: Tensor, mask: Tensor | None, per_image: bool) -> list[Tensor]:
+    """Each row's values in ascending order, without NaN and what is masked out; -0 as 0."""
+    kept = values if mask is None else torch.where(mask != 0, values, torch.nan)
+    rows = kept.reshape(len(kept) if per_image else 1, -1)
+    return [(row[~row.isnan()] + 0).sort().values for row in rows]
+
+
+def quantile(
+    values: Tensor,
+    q: float | Sequence[float],
+    *,
+    per_image: bool = False,
+    mask: Tensor | None = None,
+    interpolation: str = "linear",
+) -> Tensor:
+    """`pixels.quantile` by sorting."""
+    several = isinstance(q, Sequence)
+    results = []
+    for one in q if isinstance(q, Sequence) else [q]:
+        for row in _image_rows(values, mask, per_image):
+            if not len(row):
+                results.append(math.nan)
+                continue
+            position = one * (len(row) - 1)
+            low, high = (float(row[f(position)]) for f in (math.floor, math.ceil))
+            share = {
+                "linear": position % 1,
+                "lower": 0.0,
+                "higher": 1.0,
+                "midpoint": 0.5,
+                "nearest": round(position) - math.floor(position),
+            }[interpolation]
+            gap = high - low
+            if position % 1 == 0 or low == high:
+                results.append(low)
+            elif share in (0.0, 1.0):
+                results.append((low, high)[int(share)])
+            elif not math.isfinite(gap):
+                results.append(low * (1 - share) + high * share)
+            else:  # as numpy.quantile
+                results.append(low + gap * share if share < 0.5 else high - gap * (1 - share))
+    shape = ([len(q)] if isinstance(q, Sequence) else []) + ([len(values)] if per_image else [])
+    return (
+        torch.tensor(results, dtype=torch.float64)
+        .reshape(shape if several or per_image else ())
+        .to(values.dtype)
+    )
+
+
+def topk_threshold(
+    values: Tensor, k: int, *, largest: bool = True, per_image: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    """`pixels.topk_threshold` by sorting."""
+    found = []
+    for row in _image_rows(values, mask, per_image):
+        order = row.flip(0) if largest else row
+        found.append(float(order[min(k, len(row)) - 1]) if len(row) and k > 0 else math.nan)
+    return torch.tensor(found, dtype=torch.float64).to(values.dtype).reshape([-1] if per_image else [])
+
+
+def topk_mask(
+    values: Tensor, k: int, *, largest: bool = True, per_image: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    """`pixels.topk_mask` by a stable sort."""
+    kept = values if mask is None else torch.where(mask != 0, values, torch.nan)
+    rows = (kept.reshape(len(kept) if per_image else 1, -1)) + 0
+    chosen = [largest_of(row if largest else -row, ~row.isnan(), torch.tensor(k)) for row in rows]
+    return torch.stack(chosen).view(values.shape) if chosen else torch.zeros_like(values, dtype=torch.bool)
+
+
+def largest_of(values: Tensor, among: Tensor, count: Tensor) -> Tensor:
+    """Where the `count` (a scalar) largest values among those are; of equal ones the first."""
+    index = among.nonzero()[:, 0]
+    first = index[(values[index] + 0).argsort(descending=True, stable=True)[: max(int(count), 0)]]
+    return torch.zeros_like(among).scatter(0, first, True)
+
+
+TOLERANCE = 1e-6  # of probabilities, cleanlab's
+
+
+def _flat(probabilities: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """p (C, N) in float32 or float64, labels (N,); -1 where the label is no class or a probability is NaN."""
+    p = probabilities.detach().movedim(1, 0).flatten(1)
+    p = p if p.dtype == torch.float64 else p.float()
+    given = label.flatten().long()
+    known = (given >= 0) & (given < len(p)) & ~p.isnan().any(0)
+    return p, torch.where(known, given, -1)
+
+
+def _mean(p: Tensor) -> Tensor:
+    """The mean of probabilities as whole multiples of 2^-52, which add up alike in any order; NaN of none."""
+    scaled = p.clamp(0, 1) * 2**26
+    high = scaled.floor()
+    low = ((scaled - high) * 2**26).floor()
+    return (high.long().sum().double() * 2**-26 + low.long().sum().double() * 2**-52) / len(p)
+
+
+def confident_joint(probabilities: Tensor, label: Tensor) -> Tensor:
+    """`pixels.confident_joint`, of all pixels at once."""
+    p, given = _flat(probabilities, label)
+    classes = len(p)
+    mine = torch.stack([given == i for i in range(classes)])
+    threshold = torch.stack([_mean(p[i][mine[i]]) for i in range(classes)])  # NaN, which nothing reaches
+    reaches = p >= (threshold.clamp(min=2 * TOLERANCE) - TOLERANCE)[:, None]
+    several = reaches.sum(0) > 1
+    guess = torch.where(several, p.argmax(0), reaches.int().argmax(0))
+    confident = torch.stack([(guess == j) & reaches.any(0) for j in range(classes)])
+    counts = torch.stack([(mine[i] & confident).sum(1) for i in range(classes)])
+    return torch.maximum(counts, torch.eye(classes, dtype=counts.dtype, device=counts.device))
+
+
+def label_errors(probabilities: Tensor, label: Tensor, prune: str = "both") -> Tensor:
+    """`pixels.label_errors` by sorting."""
+    p, given = _flat(probabilities, label)
+    classes = len(p)
+    mine = torch.stack([given == i for i in range(classes)])
+    sizes = mine.sum(1)
+    numbers = _numbers_of_errors(confident_joint(probabilities, label), sizes)
+    by_rate = torch.zeros_like(given, dtype=torch.bool)
+    by_class = torch.zeros_like(by_rate)
+    for i in range(classes):
+        for j in range(classes):
+            if j != i and prune != "class":
+                by_rate |= largest_of(p[j] - p[i], mine[i], numbers[i, j])
+        if prune != "noise_rate":
+            by_class |= largest_of(-p[i], mine[i], sizes[i] - numbers[i, i])
+    chosen = {"both": by_rate & by_class, "class": by_class, "noise_rate": by_rate}[prune]
+    believed = (
+        torch.stack([torch.where(mine[i], p[i] + TOLERANCE, p[i]) for i in range(classes)]).argmax(0) == given
+    )
+    alone = (mine & (sizes <= 1)[:, None]).any(0)  # cleanlab leaves a class alone that has one pixel
+    return (chosen & ~believed & ~alone).view(label.shape)
+
+
+def _numbers_of_errors(counts: Tensor, sizes: Tensor) -> Tensor:
+    """The confident joint as whole numbers whose rows sum to sizes, each class keeping a pixel at least."""
+    joint = counts.double() * (sizes.double() / counts.sum(1))[:, None]
+    numbers = _round_rows(joint)
+    diagonal = numbers.diagonal()
+    raised = diagonal.clamp(min=1)
+    less = (raised - diagonal) / ((numbers != 0).sum(1) - 1).clamp(min=1)
+    numbers = (numbers - less[:, None]).clamp(min=0).floor()
+    return numbers.diagonal_scatter(raised).long()
+
+
+def _round_rows(values: Tensor) -> Tensor:
+    """Each row rounded so that its sum is that of the row, rounded: the largest remainders go the other way."""
+    whole = values.round()
+    lacking = values.sum(1, True).round() - whole.sum(1, True)
+    rank = (whole - values).argsort(dim=1, stable=True).argsort(1)
+    back = (values - whole).argsort(dim=1, stable=True).argsort(1)
+    return whole + (rank < lacking).double() - (back < -lacking).double()
+
+
 # ---- normalisation --------------------------------------------------------------------------------
 
 

@@ -83,7 +83,7 @@ class Case:
 
     oracle: gives the right answer, or names the contender whose answer is right. tolerance: the relative
     error allowed. moved: the bytes that must be read and written at least. device: "cpu" or "cuda".
-    headline: one of the few cases to draw.
+    headline: one of the few cases to draw. baseline: a contender that ours is more than, whose time ours is given in.
     """
 
     family: str
@@ -95,6 +95,7 @@ class Case:
     moved: int
     device: str = "cpu"
     headline: bool = False
+    baseline: str | None = None
 
 
 @dataclass

@@ -116,3 +116,35 @@ def test_families_measured_apart_end_in_one_report(tmp_path):
 def test_the_readme_holds_the_committed_figures():
     readme = (ROOT / "README.md").read_text()
     assert report.headlines(report.read(ROOT / "bench" / "results" / "amd-epyc")) in readme
+
+
+def test_every_method_has_its_step_time(monkeypatch):
+    pytest.importorskip("monai")
+    from bench import methods as family
+    from noisyseg_fast.training.methods import METHODS
+
+    monkeypatch.setattr(family, "BATCH", 2)
+    monkeypatch.setattr(family, "WIDTH", 2)
+    family._batch.cache_clear()
+    made = [make() for make in family.cases("cpu", quick=False)]
+    assert {case.operation for case in made} >= {f"step of {name}" for name in METHODS}
+    assert all(case.contenders[1].name == case.baseline for case in made)
+    for name in ("ce", "mean_teacher", "mcpm", "umanet"):  # a step with each kind of companions
+        next(case for case in made if case.operation == f"step of {name}").contenders[0].make()()
+    assert "+ clean" in next(case.input for case in made if case.operation == "step of mcpm")
+    family._batch.cache_clear()
+
+
+def test_a_baseline_is_what_ours_is_a_multiple_of():
+    case = {"baseline": "half", "contenders": {"half": {"p50": 1e-3, "state": "ok", "ours_is_faster": 0.5}}}
+    assert report._entry(case, "half") == "1 ms (ours 2.00 of it)"
+
+
+def test_the_steps_of_dtml_agree_whoever_makes_the_targets():
+    from bench import steps
+
+    for case in (steps.step_case((32, 32, 16)), steps.targets_case((32, 32, 16))):
+        answers = {c.name: c.make()() for c in case.contenders}
+        assert list(answers) == [OURS, "scipy", "scipy, as DTML's code"]
+        for answer in answers.values():
+            assert timing.relative_error(answer, answers[case.oracle]) < case.tolerance

@@ -76,7 +76,8 @@ def test_help_has_an_example(command):
 
 def test_train(trained):
     out, result = trained
-    assert re.search(r"test: Dice \d\.\d{4}, IoU \d\.\d{4}, HD95 [\d.na]+ mm over 1 masks", result.output)
+    distances = r"HD95 [\d.na]+ mm, ASD [\d.na]+ mm"
+    assert re.search(rf"test: Dice \d\.\d{{4}}, IoU \d\.\d{{4}}, {distances} over 1 masks", result.output)
     assert "<html" in (out / "report.html").read_text()
     assert "data:image/png;base64" in (out / "report.html").read_text()
     assert len((out / "metrics.csv").read_text().splitlines()) == 3
@@ -104,7 +105,7 @@ def test_predict_nifti_keeps_the_affine(trained, data, tmp_path):
     out, _ = trained
     image = data / "imagesTr" / "case0_0000.nii.gz"
     works("predict", out / "best.pt", image, "--out", tmp_path / "masks", "--device", "cpu")
-    assert [p.name for p in (tmp_path / "masks").iterdir()] == ["case0.nii.gz"]
+    assert sorted(p.name for p in (tmp_path / "masks").iterdir()) == ["case0.nii.gz", "predict.json"]
     mask = nibabel.load(tmp_path / "masks" / "case0.nii.gz")
     assert mask.get_data_dtype() == np.uint8
     assert mask.shape == (32, 32, 16)
@@ -128,7 +129,7 @@ def test_png_from_training_to_prediction(tmp_path):
     result = works("train", "--data", data, "--method", "dice", "--out", tmp_path / "run", *TINY)
     assert " px over " in result.output
     works("predict", tmp_path / "run" / "best.pt", data / "imagesTr", "--out", tmp_path / "masks")
-    masks = [np.asarray(Image.open(p)) for p in sorted((tmp_path / "masks").iterdir())]
+    masks = [np.asarray(Image.open(p)) for p in sorted((tmp_path / "masks").glob("*.png"))]
     assert len(masks) == 6
     assert all(m.shape == (32, 32) and m.dtype == np.uint8 and set(np.unique(m)) <= {0, 255} for m in masks)
 

@@ -178,6 +178,52 @@ def test_npz_of_one_rater_without_names(tmp_path):
     assert {c.id for c in data.meta} <= {"a_0", "a_1", "a_2"}
 
 
+def test_npz_with_masks_to_trust(tmp_path):
+    blobs = np.stack([blob((16, 16), i)[1] for i in range(8)])
+    experts = np.stack([blobs, blobs, 1 - blobs], 1)
+    there = np.ones((8, 3), bool)
+    there[2] = False
+    crowd = np.stack([np.roll(blobs, r, 1) for r in range(2)], 1)
+    own = arrays(tmp_path / "own.npz", mask=crowd, reference=experts, reference_present=there)
+    names = np.asarray([f"cell{i}" for i in range(8)])
+    theirs = tmp_path / "bubil.npz"
+    np.savez(
+        theirs,
+        image=np.stack([blob((16, 16), i)[0] for i in range(8)]),
+        crowd=crowd,
+        crowd_present=np.arange(16).reshape(8, 2) != 3,
+        expert_b=experts[:, :1],
+        expert_b_present=there[:, :1],
+        expert_c=experts[:, 1:],
+        expert_c_present=there[:, 1:],
+        name=names,
+    )
+    for path in (own, theirs):
+        data = D.open_data(path, validation=0.25, test=0.25, meta_fraction=0.3)
+        assert {len(case.labels) for case in data.training} == {2}  # the crowd, which is trained on
+        for case in data.split("all"):
+            number = int(case.id[-1])
+            if number == 2:
+                assert case.reference is None and len(case.labels) == 2
+            else:
+                assert np.array_equal(case.reference, blobs[number])
+                trusted = case.id not in {c.id for c in data.training}
+                assert np.array_equal(case.labels, case.reference[None]) == trusted
+                assert np.array_equal(case.trusted().labels, case.reference[None])
+    assert {case.id for case in data.split("all")} == set(names)
+    assert all(
+        (c.labels[1] == D.MISSING).all() for c in data.split("all") if c.id == "cell1" and len(c.labels) == 2
+    )
+    assert D.open_data(arrays(tmp_path / "one.npz", reference=blobs)).test[0].reference is not None
+    bad = {"reference": np.zeros((8, 16, 15), np.uint8)}
+    with refuses(D.DataError, "reference must be (8, 16, 16) or have an axis of experts behind the first"):
+        D.open_data(arrays(tmp_path / "a.npz", **bad))
+    with refuses(D.DataError, "reference must hold class numbers from 0 to 254"):
+        D.open_data(arrays(tmp_path / "a.npz", reference=np.full((8, 16, 16), 0.5)))
+    with refuses(D.DataError, "reference_present must have the shape (8, 3), got (8, 2)"):
+        D.open_data(arrays(tmp_path / "a.npz", reference=experts, reference_present=there[:, :2]))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

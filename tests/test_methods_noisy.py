@@ -1,7 +1,6 @@
 """What defines each method: a test would fail without it."""
 
 import math
-import re
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,6 @@ torch = pytest.importorskip("torch")
 from folders import nifti_folder  # noqa: E402
 from resuming import whole_and_cut  # noqa: E402
 from torch import nn  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from noisyseg_fast import losses  # noqa: E402
 from noisyseg_fast.training import ema, engine, methods, model, pixels, ramps  # noqa: E402
@@ -101,33 +99,6 @@ def test_each_method_trains_on_volumes(name):
     assert method(batch["image"]).shape == (2, 1, 12, 12, 12)
 
 
-class HostSync(TorchDispatchMode):
-    """Refuses what would make the host wait for a device."""
-
-    waits = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "bincount", "unique_")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
-        assert not any(word in name for word in self.waits), name
-        if "aten.index.Tensor" in name:
-            assert all(i is None or i.dtype != torch.bool for i in args[1]), "index by a mask"
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_no_step_waits_for_the_device(name):
-    batch = some_batch(3)
-    method = make(name, {"history": 2} if name in ("coplenet", "trimmed") else None, channels=3)
-    for number in (0, 3, 19):
-        with HostSync():
-            out = method.training_step(batch, number)
-            out["loss"].backward()
-        method.plan.optimizer.step()
-        method.plan.optimizer.zero_grad()
-        with HostSync():
-            method.after_step(number)
-
-
 @pytest.mark.parametrize("name", OURS)
 def test_unlabelled_pixels_do_not_count(name):
     """What lies under 255 changes no loss, and images with nothing else leave it finite."""
@@ -174,19 +145,6 @@ def test_teacher_is_the_closed_form(as_tensor):
     assert torch.equal(parameters(teacher), before)
 
 
-def test_quantile():
-    values = torch.randn(7, 11)
-    for q in (0, 0.3, 0.5, 0.9, 1):
-        assert torch.allclose(pixels.quantile(values, q), torch.quantile(values, q))
-    values[2, :5] = torch.nan
-    assert torch.allclose(pixels.quantile(values, 0.9), torch.nanquantile(values, 0.9))
-    assert pixels.quantile(torch.full((3,), torch.nan), 0.5).isnan()
-    many = torch.arange(17 * 2**20, dtype=torch.float32).flip(0)  # torch.quantile refuses these
-    assert pixels.quantile(many, 0.5) == pytest.approx((len(many) - 1) / 2, rel=1e-6)
-    with pytest.raises(ValueError, match=re.escape("q must lie in [0, 1], got 2")):
-        pixels.quantile(values, 2)
-
-
 def test_history_keeps_the_last_steps():
     history = LossHistory(3)
     for number in range(3):
@@ -199,32 +157,6 @@ def test_history_keeps_the_last_steps():
     other = LossHistory(3)
     other.load_state_dict(history.state_dict())
     assert torch.equal(other.values, history.values) or other.values.nansum() == history.values.nansum()
-
-
-def test_confident_joint_and_errors_by_hand():
-    # Six pixels labelled 0, 0, 0, 1, 1, 1; thresholds: mean p_0 of the first, mean p_1 of the last.
-    p1 = torch.tensor([0.1, 0.2, 0.9, 0.8, 0.7, 0.1])
-    p = torch.stack([1 - p1, p1])[None]
-    label = torch.tensor([[0, 0, 0, 1, 1, 1]], dtype=torch.uint8)
-    # t_0 = 0.6, t_1 = 0.5333: all six are confident.
-    assert pixels.confident_joint(p, label).tolist() == [[2, 1], [1, 2]]
-    wrong = [[False, False, True, False, False, True]]
-    for prune in ("both", "class", "noise_rate"):
-        assert pixels.label_errors(p, label, prune).tolist() == wrong
-    label[0, 5] = 255
-    assert pixels.confident_joint(p, label).tolist() == [[2, 1], [0, 1]]  # t_1 is now 0.75: 0.7 is not
-    with pytest.raises(ValueError, match="prune must be both, class or noise_rate, got 'all'"):
-        pixels.label_errors(p, label, "all")
-
-
-def test_label_errors_equal_cleanlab_where_it_is_installed():
-    filters = pytest.importorskip("cleanlab.filter")
-    for seed in range(5):
-        generator = torch.Generator().manual_seed(seed)
-        p = torch.randn(1, 2, 300, generator=generator).softmax(1).double()
-        label = (torch.rand(1, 300, generator=generator) < p[:, 1]).byte()
-        theirs = filters.find_label_issues(label[0].numpy(), p[0].T.numpy(), filter_by="both", n_jobs=1)
-        assert pixels.label_errors(p, label)[0].tolist() == theirs.tolist()
 
 
 # ---- plain losses ---------------------------------------------------------------------------------
@@ -466,6 +398,33 @@ def test_self_learning_labels_the_unlabelled_round_by_round():
     expected = segmentation_loss("ce", method.network(batch["image"]), filled)
     assert torch.allclose(step(method, batch, 5)["loss"], expected, atol=1e-6)
     assert not torch.equal(parameters(method.labeller), parameters(method.network))
+
+
+def test_self_learning_refines_its_pseudo_labels_by_a_crf_if_asked():
+    batch = some_batch()
+    seen = batch["label"].clone()
+    seen[:, 14, 2] = 1  # an isolated pixel that the labeller takes for foreground, where the image shows none
+
+    class Labeller(nn.Module):
+        def forward(self, image):
+            return 3.0 * seen[:, None] - 1.5
+
+    for crf, expected in ((False, seen), (True, batch["label"])):
+        method = make("self_learning", {"crf": crf, "start": 0.0}, steps=10)
+        method.labeller = Labeller()
+        assert torch.equal(method.pseudo(batch["image"]), expected)
+        unlabelled = {**batch, "label": torch.full_like(seen, 255)}
+        loss = segmentation_loss("ce", method.network(batch["image"]), expected)
+        torch.testing.assert_close(method.training_step(unlabelled, 5)["loss"], loss)
+    for channels, dims in ((3, 2), (1, 3)):
+        method = make("self_learning", {"crf": True, "start": 0.0}, channels, dims=dims, steps=4)
+        assert torch.isfinite(step(method, some_batch(channels, 2, dims, 12), 2)["loss"])
+    with pytest.raises(ValueError, match=re.escape("crf_sigma_space must be positive and finite, got 0.0")):
+        make("self_learning", {"crf_sigma_space": 0.0})
+    with pytest.raises(
+        ValueError, match="crf_radius must be at least 1 and iterations at least 0, got -2 and 5"
+    ):
+        make("self_learning", {"crf_radius": -2})
 
 
 @pytest.mark.parametrize("correction", ["hard", "smooth", "uncertainty"])

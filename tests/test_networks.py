@@ -102,6 +102,36 @@ def test_networks(name, dims):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_scse_unet_is_the_basicunet_with_its_blocks_squeezed_and_excited(dims):
+    torch.manual_seed(0)
+    network, plain = (networks.build(name, dims, 1, 2, 4).eval() for name in ("scse_unet", "basicunet"))
+    blocks = [m for m in network.modules() if isinstance(m, networks.SpatialChannelSE)]
+    assert len(blocks) == 9  # five levels down, four up
+    x = torch.randn(1, 1, *(32,) * dims)
+    for block in blocks:  # both gates at a half: x / 2 + x / 2
+        for p in block.parameters():
+            torch.nn.init.zeros_(p)
+    plain.load_state_dict({n: v for (n, _), v in zip(
+        plain.state_dict().items(),
+        (v for n, v in network.state_dict().items() if ".channel." not in n and ".spatial." not in n),
+        strict=True,
+    )})  # fmt: skip
+    torch.testing.assert_close(network(x), plain(x))
+    torch.nn.init.ones_(blocks[-1].spatial.bias)
+    assert not torch.allclose(network(x), plain(x))
+
+
+def test_scse_adds_a_gate_of_channels_and_a_gate_of_pixels():
+    torch.manual_seed(0)
+    block, x = networks.SpatialChannelSE(2, 4), torch.randn(2, 4, 5, 6)
+    squeeze, _, excite, _ = block.channel.fc
+    channel = excite(squeeze(x.mean((2, 3))).relu()).sigmoid()[:, :, None, None]
+    pixel = (torch.einsum("bchw,c->bhw", x, block.spatial.weight[0, :, 0, 0]) + block.spatial.bias).sigmoid()
+    torch.testing.assert_close(block(x), x * channel + x * pixel[:, None])
+    assert squeeze.out_features == 2
+
+
 def test_2d_networks_on_volumes():
     network = networks.build("unet-2d", 3, 1, 2, 4)
     assert network(torch.zeros(1, 1, 32, 32, 5)).shape == (1, 2, 32, 32, 5)
@@ -120,6 +150,10 @@ def test_2d_networks_on_volumes():
         (
             lambda: networks.build("segresnet", 2, 1, 1, 12),
             "width must be a multiple of 8 for network segresnet",
+        ),
+        (
+            lambda: networks.build("scse_unet", 2, 1, 1, 1),
+            "width must be at least 2 for network scse_unet, got",
         ),
         (lambda: VNet(1), "spatial_dims must be 2 or 3, got 1"),
         (lambda: VNet(norm="layer"), "norm must be one of batch, group, instance, none, got 'layer'"),

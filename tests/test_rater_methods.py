@@ -1,4 +1,4 @@
-"""Methods that learn from several raters: UMA-Net, label fusion, label sampling, a decoder for each rater."""
+"""Methods that learn from several raters: UMA-Net, MR-Net, Self-Calib, label fusion, label sampling, a decoder each."""
 
 import math
 import re
@@ -22,7 +22,7 @@ from noisyseg_fast.training.engine import Config, train  # noqa: E402
 from noisyseg_fast.training.methods import _raters  # noqa: E402
 from noisyseg_fast.training.model import ModelSpec  # noqa: E402
 
-NAMES = ("umanet", "majority_vote", "staple", "label_sampling", "multi_head")
+NAMES = ("umanet", "majority_vote", "staple", "label_sampling", "multi_head", "mr_net", "self_calib")
 
 
 def refuses(error, message):
@@ -246,9 +246,57 @@ def test_several_classes_are_each_against_the_rest():
     assert last < 0.8 * first
 
 
+def test_eq_3_by_area_doubts_no_more_for_a_small_object():
+    """The gradient of the loss with respect to sigma, of a pixel with a given error, per pixel's share of eq. 3."""
+    side, found = 32, {}
+    for half in (8, 4):  # a quarter and a sixteenth of the image
+        label = torch.zeros(1, side, side, dtype=torch.uint8)
+        label[:, 16 - half : 16 + half, 16 - half : 16 + half] = 1
+        raters = label[:, None].repeat(1, 2, 1, 1)
+        logits = torch.where(label > 0, 0.8, -20.0)[:, None]  # p = 0.69 in the object
+        for regularizer in ("paper", "area"):
+            method = build(raters=2, regularizer=regularizer)
+            sigma = torch.full((1, 1, 2, side, side), 0.1, requires_grad=True)
+            method._terms(
+                logits, raters, sigma, torch.ones(1, 2, dtype=torch.bool), 0.0
+            ).total.sum().backward()
+            found[half, regularizer] = float(sigma.grad[0, 0, 0, 16, 16])
+    assert found[8, "area"] == pytest.approx(found[8, "paper"], rel=0.5)
+    assert found[8, "paper"] > 0 > found[4, "paper"]  # below 0: sigma rises, though the rater is right
+    assert found[4, "area"] > 0
+
+
+def test_eq_3_by_area_is_what_it_says():
+    batch = scene(raters=3)
+    batch["raters"][0, 2] = D.MISSING
+    terms = {}
+    for regularizer in ("paper", "area"):
+        method = build(regularizer=regularizer, dice_weight=2.0)
+        sigma, there = method.doubt(batch["image"], batch["raters"]), _raters.present(batch["raters"])
+        terms[regularizer] = method._terms(method(batch["image"]), batch["raters"], sigma, there, 0.5).total
+    p = method(batch["image"]).sigmoid().square().sum((1, 2, 3))
+    for i in range(2):
+        counted = range(2 if i == 0 else 3)
+        wanted = sum(
+            sigma[i, 0, m].sum() / 2 * (0.5 / (p[i] + batch["raters"][i, m].sum()) - 1 / 1024)
+            for m in counted
+        )
+        gap = (terms["area"] - terms["paper"])[i]
+        torch.testing.assert_close(gap, 2 * wanted / len(counted), rtol=1e-4, atol=1e-6)
+
+
+def test_the_uncertainty_estimator_is_not_taught_while_warming_up():
+    method = build(warmup=0.5, assess=False)
+    step_grads(method, scene(), 4)
+    assert untouched(method.uncertainty) and touched(method.network)
+    step_grads(method, scene(), 5)
+    assert touched(method.uncertainty)
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
+        ({"regularizer": "none"}, "regularizer must be paper or area, got 'none'"),
         ({"soft": -1}, "soft must be finite and not negative, got -1"),
         ({"tau_agreement": 0}, "tau_agreement must be positive, got 0"),
         ({"warmup": 2}, "warmup must be a share between 0 and 1, got 2"),
@@ -276,6 +324,20 @@ def test_entropy_decides_for_small_objects():
         doubt(method, 0.02)
         found[entropy] = method.maps(batch)
     assert found["paper"].primary.tolist() == [0, 0] and found["binary"].primary.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("raters", [2, 7])
+@pytest.mark.parametrize("soft", [0.0, 0.1])
+def test_what_the_report_gets_for_any_number_of_raters(raters, soft):
+    method, batch = build(raters=raters, soft=soft), scene(raters=raters)
+    batch["raters"][0, 1] = D.MISSING
+    seen = method.explain(batch)
+    wanted = method.maps(batch).primary.tolist()
+    for share, one in zip(wanted, seen, strict=True):
+        assert {maps.shape for maps in one.maps.values()} == {(raters, 32, 32)}
+        quality = one.facts["quality"]
+        assert quality == (f"{share:.0%} high" if soft else "high" if share else "low")
+    assert not seen[0].maps["annotations"][1].any() and not seen[0].maps["calibration maps"][1].any()
 
 
 # ---- the other methods ----------------------------------------------------------------------------
@@ -306,6 +368,22 @@ def test_each_method_learns_a_few_patches(name, dims, raters, classes):
     wanted = (len(batch["label"]), 1 if classes == 2 else classes, *batch["label"].shape[1:])
     assert method(batch["image"]).shape == wanted
     assert losses["loss"] < (0.7 if dims == 2 else 0.97) * first
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_method_fits_eight_patches(name):
+    tau = {"tau_confidence": 10.0, "tau_agreement": 10.0} if name == "umanet" else {}
+    method, batch = build(name, 3, steps=40, **tau), scene(8)
+    for i in range(8):  # each somewhere else
+        for part in ("image", "label"):
+            batch[part][i] = batch[part][i].roll((3 * i % 7, i), (-2, -1))
+    batch["raters"] = torch.stack([batch["label"].roll(int(m == 0), 1) for m in range(3)], 1)
+    for number in range(40):
+        step_grads(method, batch, number)
+        method.plan.optimizer.step()
+    found = method.eval()(batch["image"])[:, 0] > 0
+    truth = batch["label"] == 1
+    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.85
 
 
 def test_umanet_fits_what_most_raters_drew():
@@ -357,6 +435,205 @@ def test_fusion_of_the_raters():
         methods.configure("majority_vote", {"tie": "none"})
     fused = methods.get("staple").fuse(methods.configure("staple"), drawn, 2)
     assert np.array_equal(fused, labels.staple(drawn[:3]).posterior > 0.5)
+
+
+# ---- MR-Net ---------------------------------------------------------------------------------------
+
+
+def learn(method, batch, steps):
+    for step in range(steps):
+        losses = step_grads(method, batch, step)
+        method.plan.optimizer.step()
+    return losses
+
+
+def dice(found, truth):
+    found, truth = found > 0, truth > 0
+    return float(2 * (found & truth).sum() / (found.sum() + truth.sum()))
+
+
+def two_tastes():
+    """One rater draws the object, the other all around it as well."""
+    batch = scene(raters=2)
+    wide = torch.nn.functional.max_pool2d(batch["label"][:, None].float(), 9, 1, 4)[:, 0].to(torch.uint8)
+    batch["raters"] = torch.stack([batch["label"], wide], 1)
+    return batch
+
+
+@pytest.fixture(scope="module")
+def mr_net():
+    method, batch = build("mr_net", raters=2), two_tastes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods.mr_net, "KINDS", (0.0, 0.0, 1.0))  # one rater at a time, or it takes longer
+        learn(method, batch, 75)
+    return method.eval(), batch
+
+
+def test_expertness_steers_the_coarse_prediction(mr_net):
+    method, batch = mr_net
+    for m in range(2):
+        vector = torch.zeros(2, 2)
+        vector[:, m] = 1
+        coarse = method.network(batch["image"], vector).coarse[:, 0]
+        own, other = (dice(coarse, batch["raters"][:, k]) for k in (m, 1 - m))
+        assert own > 0.9 and own > other + 0.1
+
+
+def test_each_raters_mask_is_reconstructed_and_where_they_differ_is_looked_at(mr_net):
+    method, batch = mr_net
+    seen = {}
+    hook = method.network.perception.register_forward_pre_hook(
+        lambda module, given: seen.update(maps=given[1])
+    )
+    found = method.network(batch["image"], torch.full((2, 2), 0.5))
+    hook.remove()
+    for m in range(2):
+        assert dice(found.raters[:, m, 0], batch["raters"][:, m]) > 0.9
+    apart = batch["raters"][:, 0] != batch["raters"][:, 1]
+    coarse, spread = seen["maps"].unbind(1)
+    torch.testing.assert_close(coarse, found.coarse[:, 0].sigmoid())
+    assert spread[apart].mean() > 4 * spread[~apart].mean()
+    features = torch.randn(2, 8, 16, 16)
+    with_, without = (
+        method.network.perception(features, torch.stack([coarse, s], 1)) for s in (spread, 0 * spread)
+    )
+    assert (with_ - without).abs().max() > 1e-3
+    assert torch.equal(method(batch["image"]), found.final)
+
+
+def test_modules_of_mr_net_learn_from_their_own_losses():
+    method, batch = build("mr_net"), scene()
+    network = method.network
+    found = network(batch["image"], torch.full((2, 3), 1 / 3))
+    for part, module in ((found.final, network.perception), (found.raters, network.raters)):
+        method.zero_grad()
+        part.sum().backward(retain_graph=True)
+        for other in (network.coarse, network.raters, network.perception):
+            assert touched(other) == (other is module)
+    method.zero_grad()
+    method.distance(batch["image"], found.coarse, batch["label"][:, None].float()).backward()
+    assert touched(network.coarse) and untouched(network.raters)
+    assert all(p.requires_grad for p in network.raters.parameters())
+    share = {}
+    for reconstruction in (0.0, 0.5):
+        method = build("mr_net", reconstruction=reconstruction)
+        torch.manual_seed(1)
+        share[reconstruction] = method.training_step(batch, 0)
+    a, b = share.values()
+    torch.testing.assert_close(b["loss"] - a["loss"], 0.5 * (b["distance"] - b["coarse"]))
+
+
+def test_expertness_is_drawn_among_those_present():
+    method = build("mr_net", raters=4)
+    there = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 1]]).bool()
+    seen = torch.stack([method.vectors(there) for _ in range(50)])
+    torch.testing.assert_close(seen.sum(-1), torch.ones(50, 3, 3))
+    assert not seen[:, :, ~there].any()
+    alike, random, one = seen.unbind(1)
+    torch.testing.assert_close(alike[0], there / there.sum(1, keepdim=True))
+    assert set(one.unique().tolist()) == {0, 1} and (one[:, 1].sum(0) > 5).tolist() == there[1].tolist()
+    assert len(random[:, 0].unique()) > 10 and (random[:, 2, 3] == 1).all()
+
+
+# ---- Self-Calib -----------------------------------------------------------------------------------
+
+
+def test_expertness_finds_the_rater_who_is_wrong():
+    method, batch = build("self_calib", steps=40), scene()
+    batch["raters"][:, :2] = batch["label"][:, None]
+    batch["raters"][:, 2] = 1 - batch["label"]
+    learn(method, batch, 40)
+    log_p = method.network.diverge(batch["image"], method(batch["image"]).sigmoid())
+    share = log_p.softmax(2)[:, 0]
+    torch.testing.assert_close(share.sum(1), torch.ones(2, 32, 32))
+    fused = (share * batch["raters"]).sum(1)
+    plain = batch["raters"].float().mean(1)
+    assert (fused - batch["label"]).abs().mean() < 0.8 * (plain - batch["label"]).abs().mean()
+    assert dice(method(batch["image"])[:, 0], batch["label"]) > 0.9
+
+
+def test_each_network_of_self_calib_learns_from_its_own_loss():
+    method, batch = build("self_calib"), scene()
+    network = method.network
+    step_grads(method, batch, 0)
+    assert touched(network.converging) and touched(network.expertness) and touched(network.diverging)
+    converge, diverge = network.converge, network.diverge
+    network.diverge = lambda *given: diverge(*given).detach()
+    step_grads(method, batch, 0)
+    assert touched(network.converging) and untouched(network.diverging)
+    network.converge, network.diverge = (lambda *given: converge(*given).detach()), diverge
+    step_grads(method, batch, 0)
+    assert untouched(network.converging) and touched(network.diverging)
+
+
+def test_what_one_turn_finds_the_next_one_learns():
+    """With a diverging model that believes the last rater alone, the later turns learn his masks."""
+    batch, wanted = scene(), []
+    for turns in (1, 2):
+        method = build("self_calib", turns=turns, warmup=0.5)
+        log_p = torch.tensor([-60.0, -60.0, -1e-3]).reshape(1, 1, 3, 1, 1).expand(2, 1, 3, 32, 32)
+        method.network.diverge = lambda image, found, log_p=log_p: log_p
+        logits = method.network.converge(
+            method.network.converging.encode(batch["image"]), method.alike(batch["image"])
+        )
+        first = _raters.segmentation_loss(logits, batch["raters"].float().mean(1, keepdim=True), "sigmoid")
+        wanted.append(method.training_step(batch, 5)["converging"])
+        assert (
+            turns == 1 or method.training_step(batch, 4)["converging"] != wanted[1]
+        )  # in the warm-up: the average
+        if turns == 1:
+            torch.testing.assert_close(wanted[0], first)
+            continue
+        given = log_p.exp() * log_p.softmax(2)
+        logits = method.network.converge(method.network.converging.encode(batch["image"]), given)
+        second = _raters.segmentation_loss(logits, batch["raters"][:, 2:].float(), "sigmoid")
+        torch.testing.assert_close(wanted[1], (first + second) / 2)
+        torch.testing.assert_close(method(batch["image"]), logits)
+
+
+def test_shuffle_loss_pulls_each_map_to_its_raters_masks():
+    method = build("self_calib", raters=2)
+    drawn = torch.tensor([1.0, 0.0]).reshape(1, 1, 2, 1, 1).expand(1, 1, 2, 4, 4)
+    share, there = torch.full_like(drawn, 0.5), torch.ones(1, 1, 2, 1, 1, dtype=torch.bool)
+    good, bad = (p.log() * torch.ones_like(drawn) for p in (drawn * 0.9 + 0.05, 0.95 - drawn * 0.9))
+    assert method._shuffled(good, share, drawn, there) < method._shuffled(bad, share, drawn, there)
+
+
+def test_missing_raters_have_no_say_in_self_calib():
+    batch, losses = scene(), []
+    batch["raters"][:, 2] = D.MISSING
+    for believed in (-1.0, -9.0):
+        method = build("self_calib", turns=1)
+        log_p = torch.tensor([-1.0, -2.0, believed]).reshape(1, 1, 3, 1, 1).expand(2, 1, 3, 32, 32)
+        method.network.diverge = lambda image, found, log_p=log_p: log_p
+        losses.append(method.training_step(batch, 0))
+    assert torch.isfinite(losses[0]["loss"]) and losses[0]["diverging"] == losses[1]["diverging"]
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("mr_net", {"reconstruction": 1}, "reconstruction must be at least 0 and below 1, got 1"),
+        ("mr_net", {"dice_weight": -1}, "dice_weight must be finite and not negative, got -1"),
+        ("self_calib", {"turns": 0}, "turns must be at least 1, got 0"),
+        ("self_calib", {"warmup": 1.5}, "warmup must be a share between 0 and 1, got 1.5"),
+        ("self_calib", {"shuffle": -0.1}, "shuffle must be finite and not negative, got -0.1"),
+    ],
+)
+def test_options_of_mr_net_and_self_calib(name, option, message):
+    with refuses(ValueError, message):
+        methods.configure(name, option)
+
+
+@pytest.mark.parametrize("name", ["mr_net", "self_calib"])
+def test_untrained_predictors_begin_with_the_foreground_asked_for(name):
+    method = build(name)
+    networks.start_at(method.network, 0.03)
+    parts = method.network.predictors()
+    assert len(parts) > 1
+    assert abs(method(scene()["image"]).sigmoid().mean() - 0.03) < 0.05
+    odd = torch.randn(1, 1, 37, 50)  # no multiple of 16
+    assert method(odd).shape == (1, 1, 37, 50)
 
 
 # ---- with the engine ------------------------------------------------------------------------------
@@ -477,9 +754,19 @@ def test_study_of_umanet(tmp_path):
         ]
         assert abs(np.mean(dice) - wanted) < 0.06
         assert study.under(data, condition).test == data.test
-    assert study.under(data, "real raters") is data and study.under(data, "") is data
+    assert study.under(data, "real raters") is data
+    assert study.under(data, "").training == data.training  # LIDC's clean labels are its own consensus
     for arm in study.arms.values():
         replace(study.settings, **arm.changes).check()
+    settings = replace(study.settings, epochs=1, epoch_batches=1)
+    runs = R.plan(study, settings, study.default_arms, 3, tmp_path)
+    under = {c: [run.arm for run in runs if run.condition == c and run.seed == 2] for c in study.conditions}
+    assert under["LN"] == under["real raters"] == ["majority_vote", "staple", "label_sampling", "umanet"]
+    assert set(under["HN"]) == set(study.default_arms) - {"clean"}
+    some = R.plan(study, settings, study.default_arms, 1, tmp_path, ["LN", "real raters"])
+    assert [run.condition for run in some] == ["", *["LN", "real raters"] * 4]
+    with refuses(ValueError, "unknown condition 'none' of study umanet; choose from LN, HN, real raters"):
+        R.reproduce("umanet", tmp_path / "out", conditions=("none",))
     rows = R.reproduce(
         "umanet",
         tmp_path / "out",
@@ -492,6 +779,45 @@ def test_study_of_umanet(tmp_path):
     assert [row["condition"] for row in rows] == ["", "LN", "HN", "real raters"]
     assert len({row["dice"] for row in rows[1:]}) == 3
     assert "umanet minus clean" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_study_of_umanet_with_masks_to_trust(tmp_path):
+    """As BU-BIL: a crowd to train on, experts to be tested by; clean labels are the experts'."""
+    pairs = [blob((32, 32), i) for i in range(16)]
+    image, mask = (np.stack(a) for a in zip(*pairs, strict=True))
+    crowd = np.stack([np.roll(mask, 3, 1), np.roll(mask, 4, 1)], 1)
+    there = np.ones((16, 2), bool)
+    there[::3, 0] = False
+    path = str(tmp_path / "set.npz")
+    np.savez(
+        path,
+        image=image,
+        crowd=crowd,
+        crowd_present=there,
+        expert_a=mask[:, None],
+        expert_a_present=there[:, 1:],
+    )
+    study = R.get("umanet")
+    data = study.data(replace(study.settings, data=path))
+    for condition, raters in (("", 1), ("LN", 5), ("real raters", 2)):
+        training = study.under(data, condition).training
+        assert {len(case.labels) for case in training} == {raters}
+        for case in training:
+            truth = mask[int(case.id.split("_")[1])]
+            assert np.array_equal(D.load(case).target, truth) == (not condition)
+    rows = R.reproduce(
+        "umanet",
+        tmp_path / "out",
+        data=path,
+        seeds=1,
+        budget=2,
+        quick=True,
+        arms=("clean", "umanet"),
+        conditions=("real raters",),
+    )
+    assert [row["condition"] for row in rows] == ["", "real raters"]
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "## real raters" in text and "## LN" not in text
 
 
 @pytest.mark.parametrize("name", networks.NETWORKS)

@@ -184,7 +184,8 @@ def test_command(source, tmp_path):
     assert "results.md" in result.output
     assert "Example: noisyseg reproduce" in CliRunner().invoke(cli.app, ["reproduce", "--help"]).output
     bad = CliRunner().invoke(cli.app, ["reproduce", "none"])
-    assert bad.exit_code == 2 and bad.stderr == "noisyseg: unknown study 'none'; choose from mcpm, umanet\n"
+    known = ", ".join(R.STUDIES)
+    assert bad.exit_code == 2 and bad.stderr == f"noisyseg: unknown study 'none'; choose from {known}\n"
 
 
 def test_one_rater_each_in_the_coplenet_study(tmp_path):

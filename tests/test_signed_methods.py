@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 from folders import blob, nifti_folder, save_nifti  # noqa: E402
 from resuming import whole_and_cut  # noqa: E402
-from test_methods_noisy import HostSync, some_batch, step  # noqa: E402
+from test_methods_noisy import some_batch, step  # noqa: E402
 from torch import nn  # noqa: E402
 
 from noisyseg_fast import reference  # noqa: E402
@@ -124,17 +124,6 @@ def test_empty_full_and_unknown_crops_are_finite(name, channels, label):
         assert all(
             out[k] == 0 for k in ("segmentation", "mask", "distance", "region", "boundary") if k in out
         )
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_no_step_waits_for_the_device(name, monkeypatch):
-    batch, method = semi(3), make(name, {"supervision": "both"} if name == "dtml" else None, channels=3)
-    for optimizer in method.optimizers.values():
-        monkeypatch.setattr(optimizer, "step", lambda: None)  # Adam reads its own counter, on the host
-    for number in (0, 19):
-        with HostSync():
-            method.training_step(batch, number)["loss"].backward()
-            method.after_step(number)
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -123,10 +123,10 @@ def test_empty_masks_are_counted_not_dropped():
     summary = evaluate.summarize(scores)
     assert summary.dice == pytest.approx(1 / 3)
     assert summary.hd95 == 0
-    assert summary[3:] == (4, 1, 1, 1)
+    assert summary[3:7] == (4, 1, 1, 1)
     assert summary.sentence("mm") == (
-        "Dice 0.3333, IoU 0.3333, HD95 0.00 mm over 4 masks (without a finite HD95: 1 empty prediction(s), "
-        "1 empty reference(s), 1 empty in both)"
+        "Dice 0.3333, IoU 0.3333, HD95 0.00 mm, ASD 0.00 mm over 4 masks "
+        "(without a finite HD95: 1 empty prediction(s), 1 empty reference(s), 1 empty in both)"
     )
 
 

@@ -12,11 +12,13 @@ pytest.importorskip("monai")
 pytest.importorskip("lightning")
 torch = pytest.importorskip("torch")
 
+import test_methods_noisy as noisy  # noqa: E402
 from folders import blob, nifti_folder  # noqa: E402
 
 from noisyseg_fast import meta, noise  # noqa: E402
 from noisyseg_fast.training import engine, label_errors, methods, model, networks  # noqa: E402
 from noisyseg_fast.training.engine import Config, train  # noqa: E402
+from noisyseg_fast.training.methods import several  # noqa: E402
 
 LEARNED = ("mcpm", "mwnet", "mwnet_image")
 ANEW = ("spatial_reweighting", "l2rw")
@@ -190,6 +192,21 @@ def test_wrong_labels_come_to_weigh_less(name):
         weights, wrong = weights[:, 0, 0], wrong.flatten(1).any(1)
     found = label_errors.auroc((1 - weights).numpy().ravel(), wrong.numpy().ravel())
     assert found > 0.8, found
+
+
+@pytest.mark.parametrize("name", [*LEARNED, *ANEW])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_each_method_fits_eight_patches(name, channels):
+    torch.manual_seed(0)
+    method = methods.create(name, None, lambda: noisy.tiny(channels), channels)
+    method.plan = methods.Plan(torch.optim.Adam(method.trained(), lr=2e-2), 80, 5)
+    batch = noisy.some_batch(channels, side=14)
+    batch["meta"] = dict(batch)
+    for number in range(80):
+        noisy.step(method, batch, number)
+    right = (several.hard(method.eval()(batch["image"])) == batch["label"]).float().mean()
+    background = (batch["label"] == 0).float().mean()
+    assert right > 0.85 > 0.8 > background
 
 
 @pytest.mark.parametrize("name", [*LEARNED, *ANEW])

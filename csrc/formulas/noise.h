@@ -2,6 +2,7 @@
 #pragma once
 #include "formulas/dtype.h"
 #include "formulas/host_device.h"
+#include "formulas/unfused.h"
 #include "noisyseg/noise.h"
 
 namespace noisyseg::formulas {
@@ -134,15 +135,6 @@ NOISYSEG_FORMULA Crossing crossing(const int32_t* a, const int32_t* b, int64_t y
 }
 
 // ---- deformation -----------------------------------------------------------------------------------
-
-// Products and sums that no compiler fuses: the CPU's file is compiled with -ffp-contract=off.
-#ifdef __CUDA_ARCH__
-NOISYSEG_FORMULA double times(double a, double b) { return __dmul_rn(a, b); }
-NOISYSEG_FORMULA double plus(double a, double b) { return __dadd_rn(a, b); }
-#else
-NOISYSEG_FORMULA double times(double a, double b) { return a * b; }
-NOISYSEG_FORMULA double plus(double a, double b) { return a + b; }
-#endif
 
 struct Deformation {
   int64_t items, n[3];

@@ -54,4 +54,5 @@ void bind_labels(py::module_& m);
 void bind_norms(py::module_& m);
 void bind_meta(py::module_& m);
 void bind_noise(py::module_& m);
+void bind_pixels(py::module_& m);
 }  // namespace noisyseg

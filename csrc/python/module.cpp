@@ -58,4 +58,5 @@ PYBIND11_MODULE(_core, m) {
   noisyseg::bind_norms(m);
   noisyseg::bind_meta(m);
   noisyseg::bind_noise(m);
+  noisyseg::bind_pixels(m);
 }

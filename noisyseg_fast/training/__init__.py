@@ -5,7 +5,7 @@
     print(result.test.dice)
 
 data.py reads, networks.py and methods/ (one file each) are what is trained, engine.py trains, model.py keeps
-and runs the result, evaluate.py, predict.py and report.py use it.
+and runs the result, evaluate.py, predict.py (with windows.py) and report.py use it.
 """
 
 from __future__ import annotations

@@ -145,10 +145,16 @@ def _ones(label: Array) -> Array:
     return label // 255 if label.max(initial=0) == 255 and np.isin(label, (0, 255)).all() else label
 
 
-def boxed(case: Case, classes: int, smallest: tuple[int, ...], generator: np.random.Generator) -> Case:
+def boxed(
+    case: Case,
+    classes: int,
+    smallest: tuple[int, ...],
+    generator: np.random.Generator,
+    margin: tuple[int, int] = MARGIN,
+) -> Case:
     """The case cropped as la_heart_processing.py does: in the first two axes to the box of the labels' consensus, but
-    at least `smallest`, and 10 to 19 voxels more on every side, at random; the other axis stays. As there, this
-    looks at the labels of every case, those of test and unlabelled ones, too.
+    at least `smallest`, and a number of voxels more on every side, drawn from range(*margin); the other axis stays.
+    As there, this looks at the labels of every case, those of test and unlabelled ones, too.
     """
     image, target, spacing, raters, _ = load(case, classes)
     if not target.any():
@@ -158,8 +164,8 @@ def boxed(case: Case, classes: int, smallest: tuple[int, ...], generator: np.ran
         shown = np.flatnonzero(target.any(tuple(a for a in range(target.ndim) if a != axis)))
         first, last = int(shown[0]), int(shown[-1]) + 1
         lacking = max(0, smallest[axis] - (last - first))
-        first -= lacking // 2 + int(generator.integers(MARGIN[0], MARGIN[1]))
-        last += lacking - lacking // 2 + int(generator.integers(MARGIN[0], MARGIN[1]))
+        first -= lacking // 2 + int(generator.integers(*margin))
+        last += lacking - lacking // 2 + int(generator.integers(*margin))
         ranges[axis] = slice(max(0, first), min(target.shape[axis], last))
     here = tuple(ranges)
     return replace(

@@ -51,21 +51,43 @@ class BranchedUNet(nn.Module):
             assert last.bias is not None
             last.bias.fill_(logit)
 
-    def forward(self, image: Tensor) -> Tensor:
-        size, step = image.shape[2:], 1 << (LEVELS - 1)
-        lacking = [-n % step for n in size]
-        if any(lacking):
-            image = F.pad(image, [n for axis in reversed(lacking) for n in (0, axis)])
+    def predictors(self) -> nn.ModuleList:
+        """The parts that each end in logits."""
+        return self.decoders
+
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """The features of each level, the finest first, of (B, inputs, *S) with S padded to multiples of 16."""
         levels: list[Tensor] = []
+        image = pad(image)
         for block in self.encoder:
             image = block(image)
             levels.append(image)
-        branches = []
-        for decoder in self.decoders:
-            up = levels[-1]
-            for level, block in zip(range(LEVELS - 2, -1, -1), decoder.children(), strict=True):
-                up = block(torch.cat([levels[level], up], 1))
-            branches.append(up)
-        result = torch.stack(branches, 1)
-        cut: Any = (..., *(slice(n) for n in size))
-        return result[cut] if any(lacking) else result
+        return levels
+
+    def features(self, levels: list[Tensor], branch: int = 0) -> Tensor:
+        """What a decoder's last block gets: (B, 2 width, *S/2), S padded."""
+        up = levels[-1]
+        steps: Any = self.decoders[branch]
+        for level, block in zip(range(LEVELS - 2, 0, -1), steps[:-1], strict=True):
+            up = block(torch.cat([levels[level], up], 1))
+        return torch.cat([levels[0], up], 1)
+
+    def decode(self, levels: list[Tensor]) -> Tensor:
+        """(B, branches, outputs, *S), S padded."""
+        steps: Any = self.decoders
+        return torch.stack([steps[i][-1](self.features(levels, i)) for i in range(len(steps))], 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return cut(self.decode(self.encode(image)), image)
+
+
+def pad(image: Tensor) -> Tensor:
+    """With zeros behind each spatial axis, to multiples of 16."""
+    lacking = [-n % (1 << (LEVELS - 1)) for n in image.shape[2:]]
+    return F.pad(image, [n for axis in reversed(lacking) for n in (0, axis)]) if any(lacking) else image
+
+
+def cut(result: Tensor, image: Tensor) -> Tensor:
+    """What belongs to the image before it was padded."""
+    place: Any = (..., *(slice(n) for n in image.shape[2:]))
+    return result[place]

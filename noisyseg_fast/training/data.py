@@ -36,15 +36,29 @@ An .npz holds arrays of N images of one size:
     patient (N,)                         optional: otherwise each image is a patient
     case (N,), or nodule (N,) and slice_index (N,)      optional: names
     clean (N,), labelled (N,) bool       optional
+    reference (N, *S) or (N, experts, *S)    optional: masks to trust. They, or the consensus of the experts, are what
+    reference_present (N, experts) bool      validation, test and meta set have for labels; training keeps mask
+    crowd, crowd_present, name; expert_X, expert_X_present    BU-BIL's names of mask, its presence and case; reference
     spacing (N, dims) mm, or pixel_mm (N,)      optional: otherwise a pixel counts as 1
 
 Training cases marked clean are the meta set: labels that may be trusted, which some methods learn from. Without
 a mark, open_data(meta_fraction=...) takes them from so large a share of the training patients.
 
+Pixels without a label, where only dots, lines or some slices were drawn, have one value of their own, which is
+named: "ignore" in "labels" (as in nnU-Net: {"background": 0, "lesion": 1, "ignore": 2}), or open_data(
+ignore_label=255). Unnamed, no value means that. Such a pixel has no vote in the consensus and counts in no loss and
+no score; in memory it is 255 (MISSING).
+
 NIfTI's voxel spacing (mm) comes from the header. PNG has none: one pixel counts as 1, unless the entry in a
 datalist has "spacing". On request volumes are resampled to one spacing (resample.py); masks are then predicted
-there and scored on the files' own grid. A binary PNG mask may hold 0 and 255. Without "labels" there are two classes,
-0 and 1. Intensities are z-scored, image by image and channel by channel.
+there and scored on the files' own grid. A PNG mask is grey or has a palette, whose indices count; a binary one may hold
+0 and 255, when 255 is foreground unless it is the ignored value. Without "labels" there are two classes, 0 and 1.
+Intensities are z-scored, image by image and channel by channel.
+
+Whatever the order and direction in which a NIfTI file stores its axes, images and masks are turned to the nearest of
+RAS (the first axis rises to the right, the second to the front, the third to the top; of a 2D image those two that
+it has, in that order), without resampling: scans of mixed orientations look alike to the network. A mask must be
+stored as its image is. The masks that are written lie in the image's own grid.
 """
 
 from __future__ import annotations
@@ -99,7 +113,8 @@ def stem(path: Path) -> str:
 
 def read(path: Path, what: str = "image") -> Raw:
     """One file of one image or mask. PNG is read as rows and columns, NIfTI in its own axis order. what: image or
-    label, for files that hold both (atrium.py)."""
+    label, for files that hold both (atrium.py); of a label PNG's palette the indices count, an image with a palette is
+    refused."""
     if path.suffix in (".h5", ".nrrd"):
         from . import atrium
 
@@ -107,7 +122,7 @@ def read(path: Path, what: str = "image") -> Raw:
     kind = suffix(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    return _read_png(path) if kind == ".png" else _read_nifti(path)
+    return _read_png(path, what == "label") if kind == ".png" else _read_nifti(path)
 
 
 def _read_nifti(path: Path) -> Raw:
@@ -123,7 +138,7 @@ def _read_nifti(path: Path) -> Raw:
     shape = array.shape
     while len(shape) > 2 and shape[-1] == 1:  # a 2D image is often stored as a volume of one slice
         shape = shape[:-1]
-    if len(shape) not in (2, 3):
+    if len(shape) not in (2, 3) or not array.size:
         raise DataError(f"{path}: has shape {array.shape}; a 2D image or a 3D volume is needed")
     millimetres = {"meter": 1e3, "micron": 1e-3}.get(unit, 1.0)
     spacing = tuple(float(z) * millimetres for z in zooms[: len(shape)])
@@ -132,7 +147,7 @@ def _read_nifti(path: Path) -> Raw:
     return Raw(array.reshape(shape), spacing, np.asarray(image.affine, dtype=np.float64))
 
 
-def _read_png(path: Path) -> Raw:
+def _read_png(path: Path, palette: bool) -> Raw:
     from PIL import Image
 
     try:
@@ -143,7 +158,7 @@ def _read_png(path: Path) -> Raw:
         raise DataError(f"{path}: cannot be read as PNG: {_first_line(error)}") from error
     if mode == "RGB":
         return Raw(np.moveaxis(array, -1, 0), None, None)
-    if mode not in ("1", "L", "I", "I;16"):
+    if mode not in ("1", "L", "I", "I;16") and not (palette and mode == "P"):
         raise DataError(f"{path}: PNG of mode {mode}; use grey (8 or 16 bit) or RGB")
     return Raw(array, None, None)
 
@@ -167,6 +182,12 @@ class Case:
     )  # one file for each rater; (raters, *S), MISSING or None: not drawn
     spacing: tuple[float, ...] | None = None  # overrides the files'
     clean: bool = False  # the labels may be trusted
+    ignore: int | None = None  # the value in label files of pixels without a label
+    reference: Array | None = None  # (*S) uint8, one to be trusted more than the raters' consensus
+
+    def trusted(self) -> Case:
+        """The case with its reference, if it has one, for its only label."""
+        return self if self.reference is None else replace(self, labels=self.reference[None])
 
 
 class Own(NamedTuple):
@@ -178,7 +199,7 @@ class Own(NamedTuple):
 
 class Loaded(NamedTuple):
     image: Array  # (channels, *S) float32, z-scored
-    target: Array  # (*S) uint8, the raters' consensus
+    target: Array  # (*S) uint8, the raters' consensus; MISSING where nobody labelled the pixel
     spacing: tuple[float, ...]  # one for each of S
     raters: Array  # (raters, *S) uint8, MISSING all over where one did not draw; (0, *S) where not asked for
     own: Own | None = None  # where the rest was resampled
@@ -187,8 +208,8 @@ class Loaded(NamedTuple):
 def consensus(labels: Array, classes: int = 2) -> Array:
     """The label most raters gave each pixel; ties go to the larger label.
 
-    labels: (raters, *S) integers in 0..classes-1, or MISSING, which does not vote; returns (*S) uint8. With
-    two classes: foreground where at least half of the raters drew it.
+    labels: (raters, *S) integers in 0..classes-1, or MISSING, which does not vote; returns (*S) uint8, MISSING
+    where nobody votes. With two classes: foreground where at least half of the raters drew it.
     """
     if not len(labels):
         return np.zeros(labels.shape[1:], dtype=np.uint8)
@@ -199,23 +220,34 @@ def consensus(labels: Array, classes: int = 2) -> Array:
         missing=MISSING,
         spatial_dims=labels.ndim - 1,
     )
-    return fused
+    return _unless_missing(fused, labels)
+
+
+def _unless_missing(label: Array, raters: Array) -> Array:
+    """The label (*S), MISSING where none of the raters (raters, *S) has one."""
+    return np.where((raters == MISSING).all(0), np.uint8(MISSING), label)
 
 
 def load(case: Case, classes: int = 2) -> Loaded:
     """Read a case and check it. DataError for a missing or unreadable file, a mask whose shape or affine
-    differs from its image's, intensities that are not finite, labels out of range."""
+    differs from its image's, intensities that are not finite, labels out of range, no labelled pixel."""
     image, spacing, first, raw = _load_image(case)
     if isinstance(case.labels, tuple):
         if not any(case.labels):
             raise DataError(f"case {case.id} has no label")
         missing = np.full(image.shape[1:], MISSING, dtype=np.uint8)
         labels = np.stack(
-            [missing if path is None else _load_mask(path, first, raw, classes) for path in case.labels]
+            [
+                missing if path is None else _load_mask(path, first, raw, classes, case.ignore)
+                for path in case.labels
+            ]
         )
     else:
         labels = case.labels
-    return Loaded(zscore(image), consensus(labels, classes), spacing, labels)
+    target = consensus(labels, classes)
+    if _missing(target):
+        raise DataError(f"case {case.id}: no pixel has a label; it belongs among the unlabelled images")
+    return Loaded(zscore(image), target, spacing, labels)
 
 
 def load_image(case: Case, wanted: Sequence[float] | None = None) -> tuple[Array, tuple[float, ...]]:
@@ -254,15 +286,28 @@ def zscore(image: Array) -> Array:
     """(channels, *S) with mean 0 and standard deviation 1 in each channel; a constant channel becomes 0."""
     axes = tuple(range(1, image.ndim))
     mean = image.mean(axes, keepdims=True, dtype=np.float64)
-    deviation = image.std(axes, keepdims=True, dtype=np.float64)
-    scaled: Array = (image.astype(np.float32) - mean.astype(np.float32)) / np.maximum(deviation, 1e-8)
-    return scaled.astype(np.float32)
+    return scaled(image, mean, image.std(axes, keepdims=True, dtype=np.float64))
+
+
+def scaled(image: Array, mean: Array, deviation: Array) -> Array:
+    """float32 (image - mean) / deviation, of float64 mean and deviation that broadcast to the image."""
+    result: Array = (image.astype(np.float32) - mean.astype(np.float32)) / np.maximum(deviation, 1e-8)
+    return result.astype(np.float32)
 
 
 def _load_image(case: Case) -> tuple[Array, tuple[float, ...], Path, Raw | None]:
     if not isinstance(case.image, tuple):
         dims = case.image.ndim - 1
         return case.image, case.spacing or (1.0,) * dims, Path(case.id), None
+    channels, raw = open_image(case)
+    image = np.ascontiguousarray(np.stack(channels))
+    return image, spacing_of(case, raw, image.ndim - 1), case.image[0], raw
+
+
+def open_image(case: Case) -> tuple[list[Array], Raw]:
+    """The channels of the files of a case, checked, and the first file as it was read. Each channel (*S) is a view,
+    turned to RAS, of what the file holds: of an uncompressed NIfTI file nothing is in memory yet."""
+    assert isinstance(case.image, tuple)
     raws = [read(path) for path in case.image]
     first, raw = case.image[0], raws[0]
     for path, other in zip(case.image[1:], raws[1:], strict=True):
@@ -271,27 +316,59 @@ def _load_image(case: Case) -> tuple[Array, tuple[float, ...], Path, Raw | None]
         values = other.array
         if values.dtype.kind not in "buif":
             raise DataError(f"{path}: intensities must be real numbers, not {values.dtype}")
-        bad = int(np.size(values) - np.isfinite(values).sum())
+        planes = values.swapaxes(0, -1) if values.dtype.kind == "f" else ()
+        bad = sum(plane.size - int(np.isfinite(plane).sum()) for plane in planes)
         if bad:
             raise DataError(
                 f"{path}: {bad} of {values.size} intensities are not finite; replace NaN and infinity"
             )
     rgb = raw.array.ndim == 3 and raw.affine is None
-    image = np.concatenate([r.array if rgb else r.array[None] for r in raws])
-    dims = image.ndim - 1
+    channels = [channel for r in raws for channel in (r.array if rgb else r.array[None])]
+    return [to_ras(channel, raw.affine) for channel in channels], raw
+
+
+def spacing_of(case: Case, raw: Raw, dims: int) -> tuple[float, ...]:
+    """The spacing of a case whose first file is `raw`, in the order of `to_ras`."""
     spacing = case.spacing or raw.spacing or (1.0,) * dims
     if len(spacing) != dims:
         raise DataError(f'case {case.id}: "spacing" has {len(spacing)} values for {dims} spatial axes')
-    return image, spacing, first, raw
+    return tuple(spacing[axis] for axis in orientation(raw.affine, dims)[0])
 
 
-def _load_mask(path: Path, image_path: Path, image: Raw | None, classes: int) -> Array:
+def orientation(affine: Array | None, dims: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How the axes of a file are turned to the nearest of RAS: which of them comes first, second (and third), and of
+    these the ones to be reversed. As they lie where there is no affine (PNG), or none that tells."""
+    if affine is not None:
+        import nibabel
+
+        found = nibabel.orientations.io_orientation(affine)[:dims]
+        if np.isfinite(found).all():
+            order = tuple(int(axis) for axis in np.argsort(found[:, 0]))
+            return order, tuple(i for i, axis in enumerate(order) if found[axis, 1] < 0)
+    return tuple(range(dims)), ()
+
+
+def to_ras(array: Array, affine: Array | None) -> Array:
+    """A view of the array (*S) of a file with that affine, turned as `orientation` says."""
+    order, reversed_ = orientation(affine, array.ndim)
+    return np.flip(array.transpose(order), reversed_)
+
+
+def from_ras(array: Array, affine: Array | None) -> Array:
+    """The inverse of `to_ras`, a view: in the axes of the file."""
+    order, reversed_ = orientation(affine, array.ndim)
+    return np.flip(array, reversed_).transpose(np.argsort(order))
+
+
+def _load_mask(path: Path, image_path: Path, image: Raw | None, classes: int, ignore: int | None) -> Array:
     raw = read(path, "label")
     if image is not None:
         check_geometry(path, raw, image_path, image)
     values = raw.array
     if values.dtype.kind not in "buif" or not np.array_equal(values, np.floor(values)):
         raise DataError(f"{path}: labels must be whole numbers")
+    ignored = values == ignore if ignore is not None else np.zeros(values.shape, dtype=bool)
+    values = np.where(ignored, 0, values)
     if (
         raw.affine is None
         and classes == 2
@@ -303,9 +380,11 @@ def _load_mask(path: Path, image_path: Path, image: Raw | None, classes: int) ->
         if not 0 <= extreme < classes:
             raise DataError(
                 f"{path}: label {int(extreme)} is out of range 0..{classes - 1}; "
-                'name the classes in "labels" of dataset.json or the datalist'
+                'name the classes in "labels" of dataset.json or the datalist, or, if it marks pixels without a '
+                f"label, set ignore_label (--ignore-label {int(extreme)})"
             )
-    return values.astype(np.uint8)
+    labels = np.where(ignored, MISSING, values)
+    return to_ras(labels, image.affine if image is not None else raw.affine).astype(np.uint8)
 
 
 def check_geometry(path: Path, raw: Raw, image_path: Path, image: Raw, what: str = "its image") -> None:
@@ -342,6 +421,7 @@ class Data:
     source: str = "sample"
     meta: list[Case] = field(default_factory=list)  # cases to train on whose labels may be trusted
     unlabelled: list[Case] = field(default_factory=list)  # images to train on, without labels
+    ignore: int | None = None  # the value of pixels without a label, where there may be any
 
     def split(self, name: str) -> list[Case]:
         """A part with labels, or "all" of them."""
@@ -365,12 +445,14 @@ def open_data(
     test: float = 0.2,
     seed: int = 0,
     meta_fraction: float = 0.0,
+    ignore_label: int | None = None,
 ) -> Data:
     """The sample ("sample"), a folder, a datalist JSON or an .npz, split by patient.
 
     validation, test: shares of the patients, where the data do not say themselves. meta_fraction: share of the
-    remaining training patients whose labels are taken for clean, where no case is marked so. Unlabelled images
-    of patients drawn for validation or test are left out. Of files, nothing but names is read.
+    remaining training patients whose labels are taken for clean, where no case is marked so. ignore_label: the
+    value in masks of pixels without a label, where the data do not name it. Unlabelled images of patients drawn
+    for validation or test are left out. Of files, nothing but names is read.
     Raises DataError for a source that is missing, empty or malformed, ValueError for shares out of range.
     """
     if not 0 <= meta_fraction < 1:
@@ -389,12 +471,33 @@ def open_data(
         if path.is_dir():
             data = _folder(path)
         elif path.is_file():
-            data = _arrays(path) if path.suffix == ".npz" else _datalist(path)
+            data = _arrays(path, ignore_label) if path.suffix == ".npz" else _datalist(path)
         else:
             raise DataError(f'{path}: no such data; pass "sample", a folder, a datalist .json or an .npz')
     if not data.training:
         raise DataError(f"{source}: has no training cases")
-    return _with_meta(_split(data, validation, test, seed), meta_fraction, seed)
+    data = _with_meta(_split(_ignoring(data, ignore_label), validation, test, seed), meta_fraction, seed)
+    of_validation, of_test, meta = (
+        [case.trusted() for case in part] for part in (data.validation, data.test, data.meta)
+    )
+    return replace(data, validation=of_validation, test=of_test, meta=meta)
+
+
+def _ignoring(data: Data, value: int | None) -> Data:
+    """With the value of pixels without a label in every case."""
+    value = data.ignore if value is None else value
+    if value is None:
+        return data
+    if data.ignore not in (None, value):
+        raise DataError(
+            f'{data.source}: "ignore" in "labels" is {data.ignore}, ignore_label {value}; name one'
+        )
+    if 0 <= value < data.classes:
+        raise DataError(f"{data.source}: ignore_label {value} is one of the classes 0..{data.classes - 1}")
+    training, validation, test = (
+        [replace(case, ignore=value) for case in part] for part in (data.training, data.validation, data.test)
+    )
+    return replace(data, training=training, validation=validation, test=test, ignore=value)
 
 
 def _split(data: Data, validation: float, test: float, seed: int) -> Data:
@@ -478,9 +581,9 @@ def _folder(root: Path) -> Data:
     if not (root / "imagesTr").is_dir():
         raise DataError(f"{root}: has no folder imagesTr (layout of nnU-Net: imagesTr, labelsTr)")
     patients, clean = _patients(root / "patients.csv")
-    classes = 2
+    classes, ignore = 2, None
     if (root / "dataset.json").is_file():
-        classes = _classes(_json(root / "dataset.json"), root / "dataset.json")
+        classes, ignore = _classes(_json(root / "dataset.json"), root / "dataset.json")
     training = [
         replace(case, clean=case.id in clean)
         for case in _folder_cases(root / "imagesTr", root / "labelsTr", patients)
@@ -490,7 +593,7 @@ def _folder(root: Path) -> Data:
         test = _folder_cases(root / "imagesTs", root / "labelsTs", patients)
     unlabelled = _folder_images(root / "imagesUn", patients) if (root / "imagesUn").is_dir() else []
     _check_ids([*training, *test, *unlabelled], root, "rename one")
-    return Data(training, [], test, classes, _unit(training), str(root), unlabelled=unlabelled)
+    return Data(training, [], test, classes, _unit(training), str(root), [], unlabelled, ignore)
 
 
 def _flat(root: Path) -> Data:
@@ -520,9 +623,9 @@ def _flat(root: Path) -> Data:
         )
         for case, path in sorted(images.items())
     ]
-    classes = 2
+    classes, ignore = 2, None
     if (root / "dataset.json").is_file():
-        classes = _classes(_json(root / "dataset.json"), root / "dataset.json")
+        classes, ignore = _classes(_json(root / "dataset.json"), root / "dataset.json")
     return Data(
         [c for c in cases if c.labels],
         [],
@@ -531,6 +634,7 @@ def _flat(root: Path) -> Data:
         _unit(cases),
         str(root),
         unlabelled=[c for c in cases if not c.labels],
+        ignore=ignore,
     )
 
 
@@ -621,20 +725,22 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _classes(content: Mapping[str, Any], path: Path) -> int:
+def _classes(content: Mapping[str, Any], path: Path) -> tuple[int, int | None]:
+    """The number of classes, and the value of pixels without a label."""
     labels = content.get("labels")
     if labels is None:
-        return 2
+        return 2, None
     # nnU-Net writes {"name": 1}, the Decathlon {"1": "name"}.
     try:
-        values = [int(k) if isinstance(v, str) else int(v) for k, v in labels.items()]
+        named = [(v, int(k)) if isinstance(v, str) else (k, int(v)) for k, v in labels.items()]
     except (AttributeError, TypeError, ValueError):
         raise DataError(
             f'{path}: "labels" must be like {{"background": 0, "lesion": 1}}, got {labels}'
         ) from None
+    values = [value for name, value in named if name != "ignore"]
     if sorted(values) != list(range(len(values))) or not 2 <= len(values) <= 255:
         raise DataError(f'{path}: the values of "labels" must be 0, 1, 2, ..., got {values}')
-    return len(values)
+    return len(values), dict(named).get("ignore")
 
 
 def _datalist(path: Path) -> Data:
@@ -650,14 +756,16 @@ def _datalist(path: Path) -> Data:
         for name in ("training", "validation", "test")
     }
     _check_ids((c for part in parts.values() for c in part), path, 'give them an "id"')
+    classes, ignore = _classes(content, path)
     return Data(
         [c for c in parts["training"] if c.labels],
         parts["validation"],
         parts["test"],
-        _classes(content, path),
+        classes,
         _unit(parts["training"]),
         str(path),
         unlabelled=[c for c in parts["training"] if not c.labels],
+        ignore=ignore,
     )
 
 
@@ -692,12 +800,13 @@ def _entry(path: Path, part: str, index: int, entry: Any) -> Case:
     return Case(name, str(entry.get("patient", name)), images, labels, spacing, clean)
 
 
-def _arrays(path: Path) -> Data:
+def _arrays(path: Path, ignore: int | None = None) -> Data:
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
     except Exception as error:
         raise DataError(f"{path}: cannot be read as .npz: {_first_line(error)}") from error
+    found = _renamed(found)
     for name in ("image", "mask"):
         if name not in found:
             raise DataError(f"{path}: needs the arrays image and mask, has {', '.join(found) or 'none'}")
@@ -712,8 +821,24 @@ def _arrays(path: Path) -> Data:
         )
     if image.dtype.kind not in "buif" or not np.isfinite(image).all():
         raise DataError(f"{path}: image must hold finite real numbers")
+    ignored = mask == ignore if ignore is not None else np.zeros(mask.shape, dtype=bool)
+    mask = np.where(ignored, 0, mask)
     if mask.dtype.kind not in "bui" or (mask.size and not 0 <= mask.min() <= mask.max() < MISSING):
-        raise DataError(f"{path}: mask must hold class numbers from 0 to {MISSING - 1}")
+        raise DataError(
+            f"{path}: mask must hold class numbers from 0 to {MISSING - 1}; if another value marks pixels without a "
+            "label, set ignore_label (--ignore-label)"
+        )
+    reference = found.get("reference", mask[:, :0])
+    if reference.shape == image.shape:
+        reference = reference[:, None]
+    if reference.shape != (count, *reference.shape[1:2], *size):
+        raise DataError(
+            f"{path}: reference must be {image.shape} or have an axis of experts behind the first"
+        )
+    if reference.dtype.kind not in "bui" or (
+        reference.size and not 0 <= reference.min() <= reference.max() < MISSING
+    ):
+        raise DataError(f"{path}: reference must hold class numbers from 0 to {MISSING - 1}")
 
     def optional(name: str, shape: tuple[int, ...], default: Any) -> Array:
         value: Array | None = found.get(name)
@@ -728,12 +853,16 @@ def _arrays(path: Path) -> Data:
         optional(n, (count,), d).astype(bool) for n, d in (("clean", False), ("labelled", True))
     )
     labels = mask.astype(np.uint8)  # a copy
+    labels[ignored] = MISSING
     labels[~present] = MISSING
     nobody = labelled & ~present.any(1)
     if nobody.any():
         raise DataError(
             f"{path}: no rater is present for image {np.flatnonzero(nobody)[0]}; mark it labelled=False"
         )
+    experts = optional("reference_present", reference.shape[:2], True).astype(bool)
+    expert = reference.astype(np.uint8)
+    expert[~experts] = MISSING
     ids = found.get("case")
     if ids is None and "nodule" in found and "slice_index" in found:
         ids = np.asarray([f"{n}_s{i}" for n, i in zip(found["nodule"], found["slice_index"], strict=True)])
@@ -748,6 +877,7 @@ def _arrays(path: Path) -> Data:
     spacing = optional("spacing", (count, dims), np.broadcast_to(millimetres, (count, dims)))
     if not (np.isfinite(spacing).all() and (spacing > 0).all()):
         raise DataError(f"{path}: spacing and pixel_mm must be positive and finite")
+    classes = max(2, 1 + max(int(a[a != MISSING].max(initial=1)) for a in (labels, expert)))
     cases = [
         Case(
             str(ids[i]),
@@ -756,20 +886,36 @@ def _arrays(path: Path) -> Data:
             labels[i] if labelled[i] else (),
             tuple(float(s) for s in spacing[i]),
             bool(clean[i]),
+            reference=consensus(expert[i], classes) if experts[i].any() else None,
         )
         for i in range(count)
     ]
     _check_ids(cases, path, 'name them in the array "case"')
-    seen = labels[labels != MISSING]
     return Data(
         [c for c in cases if len(c.labels)],
         [],
         [],
-        max(2, int(seen.max(initial=1)) + 1),
+        classes,
         "mm" if known else "px",
         str(path),
         unlabelled=[c for c in cases if not len(c.labels)],
     )
+
+
+def _renamed(found: dict[str, Array]) -> dict[str, Array]:
+    """The arrays of an .npz by the names of this module, where it has BU-BIL's: a crowd and kinds of experts."""
+    kinds = sorted(n for n in found if n.startswith("expert_") and f"{n}_present" in found)
+    if "mask" in found or "crowd" not in found:
+        return found
+    result = {**found, "mask": found["crowd"]}
+    if "crowd_present" in found:
+        result["rater_present"] = found["crowd_present"]
+    if kinds and "reference" not in found:
+        result["reference"] = np.concatenate([found[n] for n in kinds], 1)
+        result["reference_present"] = np.concatenate([found[f"{n}_present"] for n in kinds], 1)
+    if "name" in found and "case" not in found:
+        result["case"] = found["name"]
+    return result
 
 
 def _unit(cases: Iterable[Case]) -> str:
@@ -930,10 +1076,11 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
                 absent = np.full((self.raters, *loaded.target.shape), MISSING, dtype=np.uint8)
                 labels = np.concatenate([labels, loaded.raters, absent])[: 1 + self.raters]
             if radius:
-                labels = np.stack([a if _missing(a) else noise.dilate_labels(a, radius) for a in labels])
+                labels = np.stack([_dilated(a, radius) for a in labels])
                 self._kept[index] = labels
             fused = self._fuse(labels[1:]) if self._fuse and self.raters else None
             if fused is not None:
+                fused = _unless_missing(fused, labels[1:])
                 labels = self._kept[index] = np.concatenate([fused[None], labels[1:]])
         return labels
 
@@ -1016,16 +1163,24 @@ def _missing(label: Array) -> bool:
     return bool(label.flat[0] == MISSING and (label == MISSING).all())
 
 
+def _dilated(label: Array, radius: float) -> Array:
+    """Dilated where there are labels; pixels without one stay so."""
+    known = label != MISSING
+    grown = noise.dilate_labels(label * known, radius)
+    return np.where(known, grown, np.uint8(MISSING))
+
+
 def _random_patch(patch: tuple[int, ...]) -> Any:
-    """MONAI's crop around a foreground or a background pixel (even odds), padded where too small."""
+    """MONAI's crop around a foreground or a background pixel (even odds), padded where too small; if there is
+    "known", around a pixel where it is not 0."""
     from monai import transforms
 
-    keys = ("image", "label", "others")
+    keys = ("image", "label", "known", "labels")
     return transforms.Compose(
         [
             transforms.SpatialPadd(keys, patch, allow_missing_keys=True),
             transforms.RandCropByPosNegLabeld(
-                keys, "label", patch, pos=1, neg=1, num_samples=1, allow_missing_keys=True
+                keys, "label", patch, pos=1, neg=1, num_samples=1, image_key="known", allow_missing_keys=True
             ),
         ]
     )
@@ -1033,11 +1188,12 @@ def _random_patch(patch: tuple[int, ...]) -> Any:
 
 def _crop(transform: Any, image: Array, labels: Array, seed: int) -> tuple[Array, Array]:
     transform.set_random_state(seed)
-    whole = {"image": image, "label": labels[:1]}
-    if len(labels) > 1:
-        whole["others"] = labels[1:]
+    known = labels[:1] != MISSING
+    whole = {"image": image, "label": labels[:1] * known, "labels": labels}
+    if not known.all():
+        whole["known"] = known.astype(np.uint8)
     (patch,) = transform(whole)
-    cropped = np.concatenate([np.asarray(patch[key]) for key in ("label", "others") if key in patch])
+    cropped = np.asarray(patch["labels"])
     for before, after in zip(labels, cropped, strict=True):
         if _missing(before):
             after[:] = MISSING  # where the image was padded, too

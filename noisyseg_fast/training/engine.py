@@ -22,6 +22,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,7 @@ class Config:
     )
     test_on: str = "best"  # the weights of the epoch with the best validation Dice, or "last"
     train_on: str = "training"  # the perhaps noisy cases, or "meta": the clean ones, or "both"
+    ignore_label: int | None = None  # value in masks of pixels without a label, where the data do not name it
     patch: tuple[int, ...] | None = None
     spacing: tuple[float, ...] | None = None  # resample all images to it; None: leave them as they are
     seed: int = 0
@@ -92,6 +94,8 @@ class Config:
         for name in ("seed", "workers", "noise_radius"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.ignore_label is not None and not isinstance(self.ignore_label, int):
+            raise ValueError(f"ignore_label must be a whole number, got {self.ignore_label!r}")
         if self.epoch_batches is not None and self.epoch_batches < 1:
             raise ValueError(f"epoch_batches must be at least 1, got {self.epoch_batches}")
         if not 0 <= self.meta_fraction < 1:
@@ -302,6 +306,7 @@ def open_run(config: Config, source: str | None = None) -> Data:
         test=config.test,
         seed=config.seed,
         meta_fraction=config.meta_fraction,
+        ignore_label=config.ignore_label,
     )
 
 
@@ -314,6 +319,12 @@ def check_needs(config: Config, data: Data) -> None:
             f"{who} needs cases with clean labels, {config.data} marks none; set meta_fraction "
             "(--meta-fraction 0.1) to take that share of the training patients for clean, or mark cases: "
             '"clean": true in a datalist, a column clean in patients.csv'
+        )
+    if data.ignore is not None and not methods.get(config.method).sparse:
+        able = ", ".join(name for name, method in methods.METHODS.items() if method.sparse)
+        raise ValueError(
+            f"method {config.method} cannot leave out pixels without a label (ignore_label {data.ignore}); "
+            f"choose from {able}"
         )
     if "raters" in needs and max(len(case.labels) for case in data.training) < 2:
         raise ValueError(
@@ -361,9 +372,10 @@ class _Loop:
         self.method = spec.build()
         if config.foreground is not None:
             networks.start_at(self.method.network, config.foreground)
-        sgd = config.optimizer == "sgd"
-        kind, more = (torch.optim.SGD, {"momentum": 0.9}) if sgd else (torch.optim.Adam, {})
-        optimizer = kind(self.method.trained(), lr=config.lr, weight_decay=config.weight_decay, **more)
+        kind: Any = torch.optim.Adam
+        if config.optimizer == "sgd":
+            kind = partial(torch.optim.SGD, momentum=0.9)
+        optimizer = kind(self.method.trained(), lr=config.lr, weight_decay=config.weight_decay)
         self.batches = -(-training.items // config.batch_size)  # of an epoch
         self.method.plan = methods.Plan(optimizer, config.epochs * self.batches, self.batches)
         self.own_lr = {  # of the method's own optimisers, before any decay

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import metrics
 from . import resample
-from .data import Array, Case, Data, Loaded, Store
+from .data import MISSING, Array, Case, Data, Loaded, Store
 from .files import write_csv
 from .model import infer
 
@@ -25,7 +25,8 @@ class Score(NamedTuple):
 
     HD95, and ASD, the mean distance of the prediction's surface from the reference's (as in MedPy, with which the Left
     Atrium papers measure), are in the spacing's unit and in voxels: inf where just one of the two masks is empty,
-    nan where both are.
+    nan where both are, and nan where the reference lacks labels in places: what is left there has no surface that
+    could be compared.
     """
 
     case: str
@@ -40,7 +41,7 @@ class Score(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Means over cases and labels; HD95 and ASD where they are finite, and how often they are not.
+    """Means over cases and labels, of labelled pixels; HD95 and ASD where they are finite, and how often they are not.
 
     dice and iou count an empty prediction of a non-empty reference as 0 and leave out pairs where both are
     empty.
@@ -56,6 +57,7 @@ class Summary(NamedTuple):
     asd: float = math.nan
     hd95_voxels: float = math.nan
     asd_voxels: float = math.nan
+    partial: int = 0  # the others whose reference lacks labels in places: no HD95
 
     def sentence(self, unit: str) -> str:
         text = (
@@ -68,6 +70,7 @@ class Summary(NamedTuple):
                 (self.empty_predictions, "empty prediction(s)"),
                 (self.empty_references, "empty reference(s)"),
                 (self.both_empty, "empty in both"),
+                (self.partial, "partly labelled"),
             )
             if n
         ]
@@ -77,7 +80,11 @@ class Summary(NamedTuple):
 def score(
     case: str, prediction: Array, target: Array, spacing: Sequence[float], classes: int = 2
 ) -> list[Score]:
-    """The scores of one case, one for each foreground label. prediction, target: (*S) uint8."""
+    """The scores of one case, one for each foreground label. prediction, target: (*S) uint8; where the target is
+    MISSING neither counts."""
+    known = target != MISSING
+    partial = not known.all()
+    prediction, target = prediction * known, target * known
     scores = []
     for label in range(1, classes):
         p, t = (np.ascontiguousarray(a == label).view(np.uint8) for a in (prediction, target))
@@ -86,14 +93,18 @@ def score(
         ]
         if empty:
             value = math.nan if empty == "both" else 0.0
-            none = math.nan if empty == "both" else math.inf
+            none = math.nan if empty == "both" or partial else math.inf
             scores.append(Score(case, label, value, value, none, none, none, none, empty))
             continue
         overlap = metrics.overlap_metrics(p, t)
-        distances = []
-        for unit in (tuple(spacing), (1.0,) * p.ndim):
-            surface = metrics.surface_metrics(p, t, unit, definition="monai", percentile=95)
-            distances += [float(surface.hd_percentile), float(surface.asd)]
+        distances = (math.nan, math.nan, math.nan, math.nan)
+        if not partial:
+            here, voxels = (
+                metrics.surface_metrics(p, t, unit, definition="monai", percentile=95)
+                for unit in (tuple(spacing), None)
+            )
+            of_voxels = float(voxels.hd_percentile), float(voxels.asd)
+            distances = (float(here.hd_percentile), float(here.asd), *of_voxels)
         scores.append(Score(case, label, float(overlap.dice), float(overlap.jaccard), *distances, empty))
     return scores
 
@@ -112,7 +123,10 @@ def summarize(scores: Sequence[Score]) -> Summary:
         empty.count("prediction"),
         empty.count("reference"),
         empty.count("both"),
-        *(mean([getattr(s, name) for s in scores]) for name in ("asd", "hd95_voxels", "asd_voxels")),
+        mean([s.asd for s in scores]),
+        mean([s.hd95_voxels for s in scores]),
+        mean([s.asd_voxels for s in scores]),
+        sum(not s.empty and math.isnan(s.hd95) for s in scores),
     )
 
 
@@ -182,17 +196,18 @@ def pictures(
     ids: Sequence[str],
     noisy: Callable[[Case], Array | None],
 ) -> list[dict[str, Any]]:
-    """For the report: id, image, clean, noisy and prediction of the named cases, each (H, W) or None.
+    """For the report: id, image, clean, noisy and prediction of the named cases, each (H, W) or None; pixels
+    without a label are shown as background.
 
     Of volumes it is the slice along the last axis that shows most of the consensus.
     """
     cases = [case for case in data.split("all") if case.id in set(ids)]
     result = []
     for case, loaded, mask in predict_cases(predictor, cases, store, patch, device, 1):
-        label = noisy(case)
-        planes = [loaded.image[0], loaded.target, mask, label]
+        target, label = loaded.target * (loaded.target != MISSING), noisy(case)
+        planes = [loaded.image[0], target, mask, None if label is None else label * (label != MISSING)]
         if mask.ndim == 3:
-            k = int((loaded.target > 0).sum((0, 1)).argmax())
+            k = int((target > 0).sum((0, 1)).argmax())
             # Of a volume, x runs right and y down.
             planes = [None if a is None else a[..., k].T for a in planes]
         image, clean, prediction, noise = planes

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .pixels import quantile
+from ..pixels import quantile
 
 
 class LossHistory(nn.Module):
@@ -34,7 +34,10 @@ class LossHistory(nn.Module):
 
     def threshold(self, q: float, step: int) -> Tensor:
         """The q-quantile of the losses kept; infinity before there are `steps` steps of them."""
-        return quantile(self.values, q) if step >= self.steps else self.values.new_full((), torch.inf)
+        if step < self.steps:
+            return self.values.new_full((), torch.inf)
+        found: Tensor = quantile(self.values, q)
+        return found
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = state.get(prefix + "values")

@@ -1,4 +1,4 @@
-"""Networks by name, for 2D and 3D: COPLE-Net, the Left Atrium scripts' V-Net and MONAI's.
+"""Networks by name, for 2D and 3D: COPLE-Net, the Left Atrium scripts' V-Net, MONAI's, and MONAI's with scSE.
 
 The settings are MONAI's defaults; `width` is the number of channels on the finest level. NAME-2d is network
 NAME in 2D, which takes volumes slice by slice across their last axis. TwoHeads gives any of them a second head.
@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .branches import BranchedUNet
 from .cople import COPLENet, by_slices
 from .vnet import VNet
 
@@ -39,6 +38,36 @@ def _basicunet(dims: int, inputs: int, outputs: int, width: int) -> nn.Module:
 
     features = (width, width, 2 * width, 4 * width, 8 * width, width)
     network: nn.Module = BasicUNet(dims, inputs, outputs, features=features)
+    return network
+
+
+class SpatialChannelSE(nn.Module):
+    """Concurrent spatial and channel squeeze and excitation, x * sigmoid(W2 relu(W1 mean(x))) + x * sigmoid(w x)
+    (Roy et al., MICCAI 2018, sec. 2, where the two are added; reduction 2)."""
+
+    def __init__(self, dims: int, channels: int) -> None:
+        from monai.networks.blocks import ChannelSELayer
+
+        super().__init__()
+        self.channel = ChannelSELayer(dims, channels, r=2)
+        self.spatial = (nn.Conv2d if dims == 2 else nn.Conv3d)(channels, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.channel(x) + x * self.spatial(x).sigmoid()
+        return result
+
+
+def _scse_unet(dims: int, inputs: int, outputs: int, width: int) -> nn.Module:
+    from monai.networks.nets.basic_unet import TwoConv
+
+    if width < 2:
+        raise ValueError(f"width must be at least 2 for network scse_unet, got {width}")
+    network = _basicunet(dims, inputs, outputs, width)
+    for parent in list(network.modules()):
+        for name, block in list(parent.named_children()):
+            if isinstance(block, TwoConv):
+                channels = block.conv_1.conv.out_channels
+                setattr(parent, name, nn.Sequential(block, SpatialChannelSE(dims, channels)))
     return network
 
 
@@ -125,6 +154,7 @@ class _Slices(nn.Module):
 NETWORKS: dict[str, Network] = {
     "unet": Network(_unet, 16, "residual U-Net, 5 levels, strided convolutions (MONAI UNet)"),
     "basicunet": Network(_basicunet, 16, "plain U-Net, 5 levels, max pooling (MONAI BasicUNet)"),
+    "scse_unet": Network(_scse_unet, 16, "the same with scSE after each block (Roy et al., MICCAI 2018)"),
     "attention_unet": Network(_attention_unet, 16, "U-Net with gated skips (MONAI AttentionUnet)"),
     "segresnet": Network(_segresnet, 8, "residual encoder-decoder with group norm (MONAI SegResNet)"),
     "dynunet": Network(_dynunet, 16, "nnU-Net's plain U-Net with instance norm (MONAI DynUNet)"),
@@ -187,9 +217,10 @@ def before_head(network: nn.Module) -> nn.Module:
 def start_at(network: nn.Module, foreground: float) -> None:
     """Set the bias of the last convolution so that an untrained network begins near so much foreground, shared
     alike by the foreground classes (Lin et al., Focal Loss, ICCV 2017, sec. 3.3); else it begins near a half."""
-    if isinstance(network, BranchedUNet):
-        for decoder in network.decoders:
-            start_at(decoder, foreground)
+    predictors = getattr(network, "predictors", None)  # of a network that makes logits in several places
+    if predictors is not None:
+        for part in predictors():
+            start_at(part, foreground)
         return
     convolutions = [m for m in network.modules() if isinstance(m, nn.modules.conv._ConvNd)]
     bias = convolutions[-1].bias if convolutions else None

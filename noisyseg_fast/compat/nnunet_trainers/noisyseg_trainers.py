@@ -98,7 +98,9 @@ class nnUNetTrainerMCPM(nnUNetTrainer):  # type: ignore[misc]
     def clean_cases(self) -> set[str]:
         path = Path(self.preprocessed_dataset_folder_base) / "clean_cases.json"
         if not path.is_file():
-            raise ValueError(f"{path}: no such file; {type(self).__name__} needs a list of cases with clean labels")
+            raise ValueError(
+                f"{path}: no such file; {type(self).__name__} needs a list of cases with clean labels"
+            )
         cases = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
             raise ValueError(f'{path}: must be a list of case identifiers, as ["case_001", "case_007"]')

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import losses
 from ..data import MISSING
@@ -13,15 +15,21 @@ from .base import Batch, Losses, Method
 
 
 def present(raters: Tensor) -> Tensor:
-    """(B, M) bool: who drew. raters (B, M, *S) uint8; who did not is MISSING all over, so one pixel tells."""
-    return raters.flatten(2)[..., 0] != MISSING
+    """(B, M) bool: who drew. raters (B, M, *S) uint8; who did not is MISSING all over."""
+    return (raters != MISSING).flatten(2).any(2)
 
 
 def segmentation_loss(logits: Tensor, label: Tensor, activation: str, **options: Any) -> Tensor:
     """Cross-entropy + Dice, UMA-Net's terms without uncertainty (its eq. 1, 2 and 8), so that what is compared is
-    the way from several masks to one. logits (B, C, *S), label (B, *S)."""
+    the way from several masks to one. logits (B, C, *S), label (B, *S), MISSING where it does not count, or
+    (B, C, *S) soft."""
     loss: Tensor = losses.dice_ce_loss(
-        logits, label, activation=activation, include_background=activation == "sigmoid", **options
+        logits,
+        label,
+        activation=activation,
+        include_background=activation == "sigmoid",
+        ignore_index=None if label.is_floating_point() else MISSING,
+        **options,
     )
     return loss
 
@@ -30,6 +38,7 @@ class Fused(Method):
     """Training on one label that is made of the raters' masks beforehand."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"raters"})
+    sparse = True
 
     def training_step(self, batch: Batch, step: int) -> Losses:
         return {"loss": segmentation_loss(self(batch["image"]), batch["label"], self.activation)}
@@ -51,3 +60,13 @@ def one_vs_rest(logits: Tensor) -> Tensor:
 def masks(raters: Tensor, classes: int) -> Tensor:
     """(B, K, M, *S) uint8: each rater's mask of each foreground class; 0 where one did not draw."""
     return torch.stack([raters == k for k in range(1, classes + 1)], 1).to(torch.uint8)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Inside, gradients go through the module to what it was given, and not to its parameters."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)

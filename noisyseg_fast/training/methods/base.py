@@ -15,7 +15,7 @@ Array = np.ndarray[Any, Any]
 
 class _Batch(TypedDict):
     image: Tensor  # (B, channels, *S) float32, z-scored
-    label: Tensor  # (B, *S) uint8 class index, perhaps corrupted
+    label: Tensor  # (B, *S) uint8 class index, perhaps corrupted; 255 for none, if the method is `sparse`
     index: Tensor  # (B,) int64, the case's place in the training set
 
 
@@ -23,7 +23,7 @@ class Batch(_Batch, total=False):
     """What a step gets; the parts below for methods that ask for them by `needs`."""
 
     meta: _Batch  # as many cases whose labels may be trusted; index: their places in the meta set
-    raters: Tensor  # (B, M, *S) uint8, what each rater drew; 255 all over where one did not
+    raters: Tensor  # (B, M, *S) uint8, what each rater drew; 255 all over where one did not, or as in label
     unlabelled: Tensor  # (B, channels, *S) float32, images without labels
 
 
@@ -65,6 +65,7 @@ class Method(nn.Module):
     Config: ClassVar[type]
     needs: ClassVar[frozenset[str]] = frozenset()  # parts of Batch beyond the first three
     wants: ClassVar[frozenset[str]] = frozenset()  # the same, used where the data have them
+    sparse: ClassVar[bool] = False  # whether labels may be 255 in places, which then count in no loss
     network_default: ClassVar[tuple[str, int]] = ("unet", 16)  # name and width, where the user names none
     plan: Plan  # set by the engine before the first step
 

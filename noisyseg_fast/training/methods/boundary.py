@@ -18,8 +18,8 @@ from .several import labelled
 @dataclass(frozen=True)
 class Config:
     loss: str = "dice"  # of the region, any plain one; the paper has generalised Dice
-    weight: float = 0.01  # alpha, of the boundary loss in the first epoch
-    rise: float = 0.01  # of alpha in each epoch
+    weight: float = 0.01  # alpha, of the boundary loss in the first epoch; theirs
+    rise: float = 0.01  # of alpha in each epoch; theirs
     schedule: str = "rebalance"  # 1 - alpha for the region; increase: always 1; constant: 1 and `weight`
     floor: float = 0.1  # the region's least weight (scheduler.py, StealWeight)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...pixels import quantile
 from .. import ramps
-from ..pixels import quantile
 from .base import Batch, Losses, MakeNetwork, Method, register
 from .plain import segmentation_loss
 from .several import labelled, mean_over
@@ -29,6 +29,7 @@ class CoTeaching(Method):
     """Two networks; each learns from what has a small loss in the other. The first is tested."""
 
     Config = Config
+    sparse = True
 
     def __init__(self, config: Any, make_network: MakeNetwork, channels: int) -> None:
         super().__init__(config, make_network, channels)
@@ -58,4 +59,5 @@ class CoTeaching(Method):
 def small(loss: Tensor, counts: Tensor, share: float) -> Tensor:
     """Where the loss is among the smallest, that share of those which count; ties with the last are in."""
     loss = loss.detach()
-    return counts & (loss <= quantile(torch.where(counts, loss, torch.nan), share))
+    chosen: Tensor = counts & (loss <= quantile(loss, share, mask=counts))
+    return chosen

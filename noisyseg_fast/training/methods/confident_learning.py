@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ... import losses
+from ...pixels import label_errors
 from .. import ramps
-from ..pixels import class_probabilities, label_errors
+from ..pixels import class_probabilities
 from . import mean_teacher
 from .base import Batch, Losses, MakeNetwork, register
 from .plain import segmentation_loss

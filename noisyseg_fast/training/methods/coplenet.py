@@ -18,16 +18,16 @@ from .teacher import TeacherMethod
 
 @dataclass(frozen=True)
 class Config:
-    loss: str = "nr_dice"  # any plain one
+    loss: str = "nr_dice"  # any plain one; the paper's (eq. 3)
     decay: float = 0.99  # of the teacher, early (sec. III-A)
     decay_late: float = 0.999  # and late (sec. III-A)
     late: float = 0.25  # from this share of the run on; the paper does not say
     percentile: float = 0.9  # beta: of the student's losses (sec. III-A)
-    history: int = 100  # in so many steps (K); until then the teacher always follows
+    history: int = 100  # in so many steps (K, sec. III-A); until then the teacher always follows
     consistency: float = 0.1  # lambda' (sec. III-A)
-    suppressed: float = 0.01  # lambda'' = 0.1 lambda'
-    adaptive_teacher: bool = True  # False, both: a plain mean teacher (Table III)
-    adaptive_student: bool = True
+    suppressed: float = 0.01  # lambda'' = 0.1 lambda' (sec. III-A)
+    adaptive_teacher: bool = True  # eq. 6; False, both: a plain mean teacher (Table III)
+    adaptive_student: bool = True  # eq. 7
     as_printed: bool = False  # eq. 7 as printed has the weights of the text the wrong way round
     per_image: bool = False  # decide for each image, not for the batch as eq. 6 and 7 read
     noise: float = 0.1  # standard deviation at both inputs; the paper does not say: UA-MT's

@@ -28,6 +28,7 @@ class LabelUpdate(Method):
     """In the first part of the run several networks learn the labels; in the rest a new one learns theirs."""
 
     Config = Config
+    sparse = True
 
     def __init__(self, config: Any, make_network: MakeNetwork, channels: int) -> None:
         super().__init__(config, make_network, channels)

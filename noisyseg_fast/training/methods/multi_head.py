@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..branches import BranchedUNet
-from ..data import MISSING
 from ._raters import present, segmentation_loss
 from .base import Batch, Inputs, Losses, MakeNetwork, Method, register
 
@@ -29,6 +27,7 @@ class MultiHead(Method):
     """
 
     Config = Config
+    sparse = True
     needs: ClassVar[frozenset[str]] = frozenset({"raters"})
 
     def prepare(self, inputs: Inputs, make_network: MakeNetwork, training: bool) -> None:
@@ -38,10 +37,10 @@ class MultiHead(Method):
     def training_step(self, batch: Batch, step: int) -> Losses:
         raters, logits = batch["raters"], self.network(batch["image"])
         there = present(raters).flatten()
-        # Those who did not draw weigh nothing, whatever their 255 are taken for.
-        label = torch.where(raters == MISSING, 0, raters).flatten(0, 1)
-        each = segmentation_loss(logits.flatten(0, 1), label, self.activation, reduction="image")
-        return {"loss": (each * there).sum() / there.sum()}
+        each = segmentation_loss(
+            logits.flatten(0, 1), raters.flatten(0, 1), self.activation, reduction="image"
+        )
+        return {"loss": (each * there).sum() / there.sum().clamp(min=1)}
 
     def forward(self, image: Tensor) -> Tensor:
         logits = self.network(image).float()

@@ -120,6 +120,8 @@ def segmentation_loss(
 class Plain(Method):
     """One of LOSSES, averaged over pixels, or over images and foreground classes."""
 
+    sparse = True
+
     def training_step(self, batch: Batch, step: int) -> Losses:
         logits = self(batch["image"])
         return {"loss": segmentation_loss(self.name, logits, batch["label"], options=asdict(self.config))}

@@ -25,6 +25,7 @@ class Selective(Method):
     """Cross-entropy of the labelled pixels alone, every class with the same say."""
 
     Config = Config
+    sparse = True
 
     def training_step(self, batch: Batch, step: int) -> Losses:
         logits, label = self(batch["image"]), batch["label"]

@@ -20,6 +20,7 @@ class TeacherMethod(Method):
     The configuration has: loss, decay, noise, clip, tested.
     """
 
+    sparse = True
     everywhere: ClassVar[bool] = False  # whether the teacher is asked about labelled images, too
 
     def __init__(self, config: Any, make_network: MakeNetwork, channels: int) -> None:

@@ -25,6 +25,7 @@ class TriNet(Method):
     """Three networks; each learns from the pixels that the other two have a small loss on. The mean is tested."""
 
     Config = Config
+    sparse = True
 
     def __init__(self, config: Any, make_network: MakeNetwork, channels: int) -> None:
         super().__init__(config, make_network, channels)

@@ -23,6 +23,7 @@ class Trimmed(Method):
     """Images whose loss exceeds a percentile of the last steps' losses are taken for noisy and left out."""
 
     Config = Config
+    sparse = True
 
     def __init__(self, config: Any, make_network: MakeNetwork, channels: int) -> None:
         super().__init__(config, make_network, channels)

@@ -15,7 +15,9 @@ from .several import ensemble, hard, labelled, mean_over
 
 @dataclass(frozen=True)
 class Config:
-    warm_up: float = 0.1  # share of the run with all pixels, or both would agree on background from the start
+    warm_up: float = (
+        0.1  # share of the run with all pixels, or both would agree on background from the start; ours
+    )
 
 
 @register("two_stream")
@@ -23,6 +25,7 @@ class TwoStream(Method):
     """Two networks; pixels on which both predict the same class are left out. Their mean is tested."""
 
     Config = Config
+    sparse = True
 
     def __init__(self, config: Any, make_network: MakeNetwork, channels: int) -> None:
         super().__init__(config, make_network, channels)

@@ -14,7 +14,7 @@ from .base import register
 @dataclass(frozen=True)
 class Config(mean_teacher.Config):
     passes: int = 8  # of the teacher, for the uncertainty; the paper's T
-    start: float = 0.75  # of the largest entropy: where the threshold starts; it ends at 1
+    start: float = 0.75  # of the largest entropy: where the threshold starts; it ends at 1 (the paper's, too)
 
 
 @register("ua_mt")

@@ -11,10 +11,14 @@ The loss and the scores are `noisyseg_fast.uncertainty_weighted_loss`, which say
 two classes each foreground class is one against the rest, with masks and decoder outputs of its own, and an image's
 scores are the means over classes [DEF; the paper has two nested classes and does not say].
 
-Know before use: weights exp(-sigma) never fall below 1/e, so doubted pixels are never switched off. The paper's
-confidence divides by the foreground, so that images of small objects count as low quality by the merest doubt:
-with 1 % foreground, sigma = 0.001 all over gives 0.62, where the threshold is 0.2. Watch the logged high_quality; if
-it stays near 0 the primary predictor hardly learns, and entropy=binary is the remedy.
+Know before use, for objects of a few per cent of the image, as nodules are; the paper's lungs fill a third:
+- The confidence divides by the foreground, so that the merest doubt of the background makes an image one of low
+  quality: with 1 % foreground, sigma = 0.001 all over gives 0.62, the threshold is 0.2. Then the primary predictor
+  learns no more after the warm-up. entropy=binary is the remedy; watch the logged high_quality.
+- In eq. 3 the error is divided by the foreground, sigma/2 by all pixels. The less foreground, the cheaper is doubt: at
+  4 %, the AUEM doubts every foreground pixel that the network gives less than about 0.75, whoever drew it, so that its
+  maps end up as copies of the masks. regularizer=area is the remedy.
+- Weights exp(-sigma) never fall below 1/e, so doubted pixels are never switched off.
 """
 
 from __future__ import annotations
@@ -47,7 +51,12 @@ class Config:
     entropy: str = (
         "paper"  # of the confidence, eq. 6; "binary": all of the entropy, mean over pixels (at most ln 2)
     )
-    warmup: float = 0.1  # share of the run in which all images count as high quality [DEF]
+    # Share of the run in which all images count as high quality and the AUEM is not taught yet [DEF]: taught from the
+    # first step, when the network sees no foreground, it learns to doubt all foreground and never comes back.
+    warmup: float = 0.3
+    # What sigma/2 of eq. 3 is divided by: "paper": the N pixels; "area": twice the denominator of the error beside it.
+    # The two agree for objects of a quarter of the image, such as the paper's lungs.
+    regularizer: str = "paper"
     # sigma of the untrained AUEM [DEF]. At its natural 0.5 the maps say nothing so long that after the warm-up every
     # image counts as low quality, and the primary predictor learns no more.
     doubt: float = 0.02
@@ -68,6 +77,8 @@ class Config:
             raise ValueError(f"doubt must be between 0 and 1, got {self.doubt}")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup must be a share between 0 and 1, got {self.warmup}")
+        if self.regularizer not in ("paper", "area"):
+            raise ValueError(f"regularizer must be paper or area, got {self.regularizer!r}")
         if self.entropy not in ("paper", "binary"):
             raise ValueError(f"entropy must be paper or binary, got {self.entropy!r}")
 
@@ -121,6 +132,8 @@ class UMANet(Method):
         alpha = config.consistency * ramps.gaussian(step, self.plan.steps)
         sigma, there = self.doubt(batch["image"], raters), present(raters)
         warm = not config.assess or done < config.warmup
+        if done < config.warmup:
+            sigma = sigma.detach()
         with self._both_predictors(config.auxiliary and not warm):
             logits = self.network(batch["image"]).split(self.channels, 1)
         first = self._terms(logits[0], raters, sigma, there, alpha)
@@ -194,7 +207,11 @@ class UMANet(Method):
             entropy=self.config.entropy,
             reduction="image",
         )
-        return terms._make(term.reshape(-1, self.classes).mean(1) for term in terms)
+        terms = terms._make(term.reshape(-1, self.classes).mean(1) for term in terms)
+        if self.config.regularizer == "area":
+            more = self.config.dice_weight * _by_area(logits, raters, sigma, there, self.classes)
+            terms = terms._replace(total=terms.total + more)
+        return terms
 
     @contextmanager
     def _both_predictors(self, wanted: bool) -> Iterator[None]:
@@ -212,3 +229,14 @@ class UMANet(Method):
             yield
         finally:
             hook.remove()
+
+
+def _by_area(logits: Tensor, raters: Tensor, sigma: Tensor, there: Tensor, classes: int) -> Tensor:
+    """(B,): sum_i sigma_i/2 (1 / (2 (sum p^2 + sum y^2)) - 1/N), the mean over raters and classes: what
+    regularizer="area" adds to eq. 3."""
+    drawn, doubted = masks(raters, classes).flatten(3).sum(3), sigma.flatten(3).sum(3) / 2  # (B, K, M)
+    p = one_vs_rest(logits.detach()).float().sigmoid().flatten(2).square().sum(2)
+    area = (p[..., None] + drawn).clamp(min=1)
+    pixels = math.prod(raters.shape[2:])
+    each = doubted * (0.5 / area - 1 / pixels) * there[:, None]
+    return each.sum(2).mean(1) / there.sum(1)
