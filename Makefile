@@ -1,6 +1,7 @@
 # make demo    install everything into .venv and run `noisyseg demo`: trains on real noisy masks, times the kernels
 # make test    install what the tests need too, and run them
 # make bench   every operation against its peers on this machine; results under bench/results/
+# make docs    the documentation, site/index.html; warnings are errors
 # make lint    ruff, mypy, clang-format        make clean    remove what was built and installed
 #
 # PYTHON  the interpreter, 3.11 or newer       VENV  where to install
@@ -13,7 +14,7 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check install -qq
 sources := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench lint clean check FORCE
+.PHONY: demo test bench docs lint clean check FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -25,6 +26,9 @@ test: $(VENV)/.test
 bench: $(VENV)/.test
 	$(bin)/python -m bench
 
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(bin)/python -m mkdocs build --strict -q
+
 lint: $(VENV)/.test
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
@@ -32,7 +36,7 @@ lint: $(VENV)/.test
 	$(bin)/clang-format --dry-run -Werror $$(find csrc tests/emulator examples -name '*.h' -o -name '*.c[pu]*')
 
 clean:
-	rm -rf $(VENV) build noisyseg_fast/_core*.so *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) build site noisyseg_fast/_core*.so *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
 # The package is installed in place: the command, pytest and `python -m` all run the checkout's code.
 $(VENV)/.demo: $(VENV)/.tools $(sources)
@@ -40,7 +44,7 @@ $(VENV)/.demo: $(VENV)/.tools $(sources)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(pip) -c $(VENV)/constraints.txt --no-binary elasticdeform 'noisyseg-fast[bench,la,dev]'  # its wheels: for NumPy 1
+	$(pip) -c $(VENV)/constraints.txt --no-binary elasticdeform 'noisyseg-fast[bench,la,dev,docs]'  # wheels: for NumPy 1
 	$(pip) -c $(VENV)/constraints.txt --no-deps PYMIC  # its losses need torch alone
 	touch $@
 
