@@ -1,6 +1,7 @@
 """What defines each method: a test would fail without it."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
