@@ -96,7 +96,8 @@ def test_the_cases_may_lie_beside_their_lists(tmp_path):
 def test_nrrd_as_the_challenge_gave_them(tmp_path):
     data = A.open_atrium(nrrd_set(tmp_path))
     loaded = D.load(data.training[0])
-    np.testing.assert_array_equal(loaded.target, blob((64, 60, 18), 9)[1])  # 255 is 1, axes x, y, z
+    mask = blob((64, 60, 18), 9)[1]
+    np.testing.assert_array_equal(loaded.target, mask[::-1, ::-1])  # 255 is 1; LPS in the file, turned to RAS
     assert loaded.spacing == (0.625, 0.625, 1.25)
     raw = D.read(data.training[0].image[0])
     np.testing.assert_allclose(raw.affine[:3, 3], (-5, 7, 11))

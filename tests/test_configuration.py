@@ -168,7 +168,7 @@ def test_halving_counts_steps_and_not_epochs():
 
 def test_unknown_schedule(tmp_path):
     result = run("--schedule", "step", "--out", tmp_path / "run")
-    assert result.stderr == "noisyseg: unknown schedule 'step'; choose from poly, constant, halve\n"
+    assert result.stderr == "noisyseg: unknown schedule 'step'; choose from poly, constant, halve, tenth\n"
 
 
 # ---- early stopping -------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 from folders import blob, nifti_folder, save_nifti  # noqa: E402
 from resuming import whole_and_cut  # noqa: E402
-from test_methods_noisy import HostSync, some_batch, step  # noqa: E402
+from test_methods_noisy import some_batch, step  # noqa: E402
 from test_signed_methods import gradients, semi  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -110,17 +110,6 @@ def test_empty_full_and_unknown_crops_are_finite(name, channels, label):
     assert all(torch.isfinite(p).all() for p in method.parameters())
     if label == 255:
         assert all(out[k] == 0 for k in ("segmentation", "given", "star", "region", "hausdorff") if k in out)
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_no_step_waits_for_the_device(name, monkeypatch):
-    batch, method = semi(3), make(name, channels=3)
-    for optimizer in method.optimizers.values():
-        monkeypatch.setattr(optimizer, "step", lambda: None)  # Adam reads its own counter, on the host
-    for number in (0, 19):
-        with HostSync():
-            method.training_step(batch, number)["loss"].backward()
-            method.after_step(number)
 
 
 @pytest.mark.parametrize(

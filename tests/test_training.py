@@ -47,7 +47,8 @@ def tiny(folder):
 
 def test_unknown_names():
     with refuses(
-        ValueError, "unknown network 'enet'; choose from unet, basicunet, attention_unet, segresnet"
+        ValueError,
+        "unknown network 'enet'; choose from unet, basicunet, scse_unet, attention_unet, segresnet",
     ):
         networks.get("enet")
     with refuses(ValueError, "unknown method 'none'; choose from ce, "):
