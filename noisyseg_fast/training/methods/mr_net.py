@@ -24,6 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..branches import BranchedUNet, cut, pad
 from ._raters import frozen, masks, one_vs_rest, present, segmentation_loss
@@ -76,6 +77,8 @@ class Expertness(nn.Module):
 class Perception(nn.Module):
     """MPM: attention maps (B, 2 K, *S) in [0, 1] on features (B, 2 width, *S/2) -> logits (B, C, *S)."""
 
+    gauss: Tensor
+
     def __init__(self, dims: int, width: int, maps: int, outputs: int) -> None:
         from monai.networks.blocks import Convolution
         from monai.networks.layers import gaussian_1d
@@ -92,10 +95,13 @@ class Perception(nn.Module):
         self.last = _convolution(dims, maps * width, outputs)
 
     def forward(self, features: Tensor, maps: Tensor) -> Tensor:
-        from monai.networks.layers import separable_filtering
-
         fine = self.features(features)
-        blurred = separable_filtering(maps, [self.gauss] * self.dims)
+        blurred, convolve = maps, F.conv2d if self.dims == 2 else F.conv3d
+        for axis in range(self.dims):  # MONAI's separable_filtering copies numbers from the host
+            shape = [1] * self.dims
+            shape[axis] = -1
+            weight = self.gauss.to(maps.dtype).view(1, 1, *shape).expand(maps.shape[1], 1, *(-1,) * self.dims)
+            blurred = convolve(blurred, weight, padding="same", groups=maps.shape[1])
         flat = blurred.flatten(2)
         low, high = flat.amin(2, keepdim=True), flat.amax(2, keepdim=True)
         scaled = ((flat - low) / (high - low + 1e-8)).reshape(maps.shape)
