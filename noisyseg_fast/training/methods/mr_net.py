@@ -179,11 +179,10 @@ class MRNet(Method):
         weight = vectors.reshape(*vectors.shape[:2], 1, -1, *(1,) * (image.ndim - 2))
         averaged = (weight * drawn).sum(3).flatten(0, 1)  # (3 B, K, *S)
         found = self.network(image.repeat(3, *(1,) * (image.ndim - 1)), vectors.flatten(0, 1))
-        kinds = torch.tensor(KINDS, device=image.device)
 
         def averaged_loss(logits: Tensor) -> Tensor:
             each = self._loss(logits, averaged).reshape(3, -1).mean(1)
-            return (kinds * each).sum()
+            return torch.stack([k * e for k, e in zip(KINDS, each.unbind(), strict=True)]).sum()
 
         coarse, final = averaged_loss(found.coarse), averaged_loss(found.final)
         own = drawn.transpose(1, 2).repeat(3, *(1,) * (drawn.ndim - 1))
