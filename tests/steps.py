@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from noisyseg_fast.training import methods
+from noisyseg_fast.training.methods import several
 from noisyseg_fast.training.model import ModelSpec
 
 SHORT = {name: {"history": 2} for name in ("coplenet", "trimmed")}  # so that thresholds come at once
@@ -37,12 +38,37 @@ def everything(device="cpu", classes=2, raters=3, side=32, size=2):
 
 
 def step(method, batch, number):
-    """As the engine makes it."""
-    loss = method.training_step(batch, number)["loss"]
+    """As the engine makes it; the losses."""
+    out = method.training_step(batch, number)
     method.plan.optimizer.zero_grad()
-    loss.backward()
+    out["loss"].backward()
     method.plan.optimizer.step()
     method.after_step(number)
+    return out
+
+
+def fits(method, batch):
+    """Whether the steps of the plan are enough to learn this batch, which one class alone is not."""
+    for number in range(method.plan.steps):
+        out = step(method, batch, number)
+        assert all(value.dim() == 0 for value in out.values())
+    right = (several.hard(method.eval()(batch["image"])) == batch["label"]).float().mean()
+    background = (batch["label"] == 0).float().mean()
+    assert right > 0.85 > 0.8 > background
+
+
+def trains(name, network, batch, options):
+    """Two steps of the method with that network change it, and it predicts."""
+    dims, side = batch["image"].dim() - 2, batch["image"].shape[-1]
+    spec = ModelSpec(name, network, 4, dims, 1, 2, (side,) * dims, options)
+    torch.manual_seed(0)
+    method = spec.build()
+    method.plan = methods.Plan(torch.optim.Adam(method.trained()), 2, 1)
+    before = [p.clone() for p in method.trained()]
+    for number in range(2):
+        assert torch.isfinite(step(method, batch, number)["loss"])
+    assert not all(torch.equal(a, b) for a, b in zip(before, method.trained(), strict=True))
+    assert method.eval()(batch["image"]).shape == batch["image"].shape
 
 
 class _Operations(TorchDispatchMode):

@@ -23,12 +23,7 @@ def refuses(message, error=D.DataError):
     return pytest.raises(error, match=re.escape(message))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 NAMES = [f"{i:02d}SCAN" for i in range(12)]  # 10 to train on, 2 labelled; 2 to test on

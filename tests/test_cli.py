@@ -21,13 +21,7 @@ from noisyseg_fast import cli  # noqa: E402
 COMMANDS = ("demo", "train", "evaluate", "predict", "fuse", "corrupt", "methods", "info")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For such small tensors a second thread costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(*arguments):

@@ -17,13 +17,7 @@ from typer.testing import CliRunner  # noqa: E402
 from noisyseg_fast import cli  # noqa: E402
 from noisyseg_fast.training import engine, evaluate, model  # noqa: E402
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -27,13 +27,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small arrays: on a busy machine threads only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def laid_out(x, layout):

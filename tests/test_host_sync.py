@@ -11,13 +11,7 @@ from steps import NoWaiting, build, everything, step  # noqa: E402
 
 from noisyseg_fast.training import engine, methods  # noqa: E402
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", methods.METHODS)

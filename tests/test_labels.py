@@ -19,13 +19,7 @@ KINDS = ("torch", "numpy")
 DTYPES = ("bool", "uint8", "int32", "int64")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For the definitions' small tensors; our threads have a test of their own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def raters(shape, count, seed=0, classes=2, share=0.3):

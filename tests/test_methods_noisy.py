@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 from folders import nifti_folder  # noqa: E402
 from resuming import whole_and_cut  # noqa: E402
+from steps import fits, step  # noqa: E402
 from torch import nn  # noqa: E402
 
 from noisyseg_fast import losses  # noqa: E402
@@ -26,12 +27,7 @@ OURS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(channels=1, dims=2):
@@ -59,15 +55,6 @@ def some_batch(channels=1, size=8, dims=2, side=16):
     return {"image": image, "label": label, "index": torch.arange(size)}
 
 
-def step(method, batch, number):
-    out = method.training_step(batch, number)
-    method.plan.optimizer.zero_grad()
-    out["loss"].backward()
-    method.plan.optimizer.step()
-    method.after_step(number)
-    return out
-
-
 def parameters(network):
     return torch.cat([p.detach().flatten() for p in network.parameters()])
 
@@ -80,13 +67,7 @@ def parameters(network):
 def test_each_method_fits_eight_patches(name, channels):
     batch = some_batch(channels, side=14)
     method = make(name, channels=channels, steps=80)
-    for number in range(method.plan.steps):
-        out = step(method, batch, number)
-        assert all(value.dim() == 0 for value in out.values())
-    method.eval()
-    right = (several.hard(method(batch["image"])) == batch["label"]).float().mean()
-    background = (batch["label"] == 0).float().mean()
-    assert right > 0.85 > 0.8 > background
+    fits(method, batch)
 
 
 @pytest.mark.parametrize("name", OURS)

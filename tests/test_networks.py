@@ -11,13 +11,7 @@ from noisyseg_fast.training import networks  # noqa: E402
 from noisyseg_fast.training.cople import COPLENet, by_slices  # noqa: E402
 from noisyseg_fast.training.vnet import VNet  # noqa: E402
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def count(network):

@@ -15,24 +15,20 @@ torch = pytest.importorskip("torch")
 
 from folders import blob, nifti_folder, save_nifti  # noqa: E402
 from resuming import whole_and_cut  # noqa: E402
-from test_methods_noisy import some_batch, step  # noqa: E402
+from steps import fits, step, trains  # noqa: E402
+from test_methods_noisy import some_batch  # noqa: E402
 from test_signed_methods import gradients, semi  # noqa: E402
 from torch import nn  # noqa: E402
 
 from noisyseg_fast.training import engine, methods, model, networks, ramps, shapes  # noqa: E402
-from noisyseg_fast.training.methods import asdnet, double_uncertainty, several, tcse  # noqa: E402
+from noisyseg_fast.training.methods import asdnet, double_uncertainty, tcse  # noqa: E402
 from noisyseg_fast.training.pixels import class_probabilities  # noqa: E402
 
 SEMI = ["tcse", "asdnet", "double_uncertainty"]
 OURS = [*SEMI, "star_shape", "hausdorff_dt"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Tiny(nn.Module):
@@ -70,13 +66,7 @@ def test_each_method_fits_eight_patches(name, channels):
     if name in SEMI:
         batch["unlabelled"] = batch["image"].flip(0)
     method = make(name, channels=channels, steps=80)
-    for number in range(method.plan.steps):
-        out = step(method, batch, number)
-        assert all(value.dim() == 0 for value in out.values())
-    method.eval()
-    right = (several.hard(method(batch["image"])) == batch["label"]).float().mean()
-    background = (batch["label"] == 0).float().mean()
-    assert right > 0.85 > 0.8 > background
+    fits(method, batch)
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -84,16 +74,7 @@ def test_each_method_fits_eight_patches(name, channels):
 def test_each_method_trains_real_networks(name, network, dims):
     side = 32 if network == "unet" else 16
     options = {"passes": 2} if name == "double_uncertainty" else small(name, {})
-    spec = model.ModelSpec(name, network, 4, dims, 1, 2, (side,) * dims, options)
-    torch.manual_seed(0)
-    method = spec.build()
-    method.plan = methods.Plan(torch.optim.Adam(method.trained()), 2, 1)
-    batch = semi(dims=dims, size=2, side=side)
-    before = [p.clone() for p in method.trained()]
-    for number in range(2):
-        assert torch.isfinite(step(method, batch, number)["loss"])
-    assert not all(torch.equal(a, b) for a, b in zip(before, method.trained(), strict=True))
-    assert method.eval()(batch["image"]).shape == (2, 1, *(side,) * dims)
+    trains(name, network, semi(dims=dims, size=2, side=side), options)
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -13,7 +13,8 @@ torch = pytest.importorskip("torch")
 
 from folders import blob, nifti_folder, save_nifti  # noqa: E402
 from resuming import whole_and_cut  # noqa: E402
-from test_methods_noisy import some_batch, step  # noqa: E402
+from steps import step, trains  # noqa: E402
+from test_methods_noisy import some_batch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from noisyseg_fast import reference  # noqa: E402
@@ -24,12 +25,7 @@ SIGNED = ["dtml", "dtc", "sassnet"]
 OURS = [*SIGNED, "boundary"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(outputs, dims, norm):
@@ -98,16 +94,7 @@ def test_each_method_fits_eight_patches(name, channels):
 def test_each_method_trains_real_networks(name, network, dims):
     side = 32 if network == "unet" else 16
     options = {"width": 4} if name == "sassnet" else {}
-    spec = model.ModelSpec(name, network, 4, dims, 1, 2, (side,) * dims, options)
-    torch.manual_seed(0)
-    method = spec.build()
-    method.plan = methods.Plan(torch.optim.Adam(method.trained()), 2, 1)
-    batch = semi(dims=dims, size=2, side=side)
-    before = [p.clone() for p in method.trained()]
-    for number in range(2):
-        assert torch.isfinite(step(method, batch, number)["loss"])
-    assert not all(torch.equal(a, b) for a, b in zip(before, method.trained(), strict=True))
-    assert method.eval()(batch["image"]).shape == (2, 1, *(side,) * dims)
+    trains(name, network, semi(dims=dims, size=2, side=side), options)
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -32,12 +32,7 @@ def refuses(error, message):
     return pytest.raises(error, match=re.escape(message))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def dots(mask, seed, value=NONE, share=0.03):

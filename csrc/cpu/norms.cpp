@@ -25,15 +25,6 @@ int64_t chunk_of(const NormShape& s) {
 }
 int64_t chunks_of(const NormShape& s) { return (s.pixels + chunk_of(s) - 1) / chunk_of(s); }
 
-// CASE(type) for a floating-point type.
-#define FLOAT_CASES(dtype, CASE)            \
-  switch (dtype) {                          \
-    case DType::f16: CASE(Half) break;      \
-    case DType::bf16: CASE(BFloat16) break; \
-    case DType::f64: CASE(double) break;    \
-    default: CASE(float) break;             \
-  }
-
 // A tile of `wide` channels of `rows` pixels, step apart: in place if it is T, otherwise converted into
 // `buffer`. Channels first: one row, whose `wide` values are pixels.
 template <class T>
@@ -52,7 +43,7 @@ Tile<T> fetch(const Array& a, int64_t offset, int64_t step, int64_t rows, int64_
 #define CASE(From)                                                                                  \
   load_row<T, From>(static_cast<const char*>(a.data), offset + r * step, 1, static_cast<int>(wide), \
                     buffer + r * wide);
-    FLOAT_CASES(a.dtype, CASE)
+    NOISYSEG_FLOAT_CASES(a.dtype, CASE)
 #undef CASE
   }
   return {buffer, wide};
@@ -75,7 +66,7 @@ void deliver(const Array& a, int64_t offset, int64_t step, int64_t rows, int64_t
 #define CASE(To)                                                                             \
   store_row<T, To>(static_cast<char*>(a.data), offset + r * step, 1, static_cast<int>(wide), \
                    buffer + r * wide);
-    FLOAT_CASES(a.dtype, CASE)
+    NOISYSEG_FLOAT_CASES(a.dtype, CASE)
 #undef CASE
   }
 }

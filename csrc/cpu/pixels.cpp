@@ -245,15 +245,6 @@ void write_chosen(const Rows& from, const Search& s, Key flip, uint8_t* out, con
   });
 }
 
-// CASE(type) for a floating-point type.
-#define NOISYSEG_FLOAT_CASES(dtype, CASE)   \
-  switch (dtype) {                          \
-    case DType::f16: CASE(Half) break;      \
-    case DType::bf16: CASE(BFloat16) break; \
-    case DType::f64: CASE(double) break;    \
-    default: CASE(float) break;             \
-  }
-
 // ---- confident learning ----------------------------------------------------------------------------
 
 // T: float, or double for double probabilities.

@@ -280,15 +280,6 @@ void search(const Rows& rows, const Search& s, const Quantiles& quantiles, const
   }
 }
 
-// CASE(type) for a floating-point type.
-#define NOISYSEG_FLOAT_CASES(dtype, CASE)   \
-  switch (dtype) {                          \
-    case DType::f16: CASE(Half) break;      \
-    case DType::bf16: CASE(BFloat16) break; \
-    case DType::f64: CASE(double) break;    \
-    default: CASE(float) break;             \
-  }
-
 // ---- confident learning ----------------------------------------------------------------------------
 
 struct Labelled {

@@ -78,14 +78,6 @@ __device__ inline void read(const Spots<n>& at, const bool* wanted, const Plane&
   NOISYSEG_DTYPE_CASES(plane.dtype, CASE)
 #undef CASE
 }
-// CASE(type) for a floating-point type.
-#define NOISYSEG_FLOAT_CASES(dtype, CASE)   \
-  switch (dtype) {                          \
-    case DType::f16: CASE(Half) break;      \
-    case DType::bf16: CASE(BFloat16) break; \
-    case DType::f64: CASE(double) break;    \
-    default: CASE(float) break;             \
-  }
 template <int n, class T>
 __device__ inline void read_float(const Spots<n>& at, const bool* wanted, const Plane& plane, int64_t base,
                                   T* out) {

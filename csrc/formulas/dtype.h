@@ -83,5 +83,13 @@ NOISYSEG_FORMULA void assign(Half& to, T x) {
     case DType::f32: CASE(float) break;                           \
     case DType::f64: CASE(double) break;                          \
   }
+// The same for a floating-point type.
+#define NOISYSEG_FLOAT_CASES(dtype, CASE)                         \
+  switch (dtype) {                                                \
+    case DType::f16: CASE(::noisyseg::formulas::Half) break;      \
+    case DType::bf16: CASE(::noisyseg::formulas::BFloat16) break; \
+    case DType::f64: CASE(double) break;                          \
+    default: CASE(float) break;                                   \
+  }
 
 }  // namespace noisyseg::formulas

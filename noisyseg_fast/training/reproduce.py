@@ -426,6 +426,19 @@ def _plot(study: Study, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 # ---- the studies ----------------------------------------------------------------------------------
 
 
+_PATCHES = Config(  # of the studies on 64x64 patches
+    network="unet",
+    width=8,
+    batch_size=8,
+    lr=3e-3,
+    foreground=0.04,  # about the patches' share: the few steps are not spent on learning that
+    validation=0.05,
+    test=0.25,
+    test_on="last",
+    device="cpu",
+)
+
+
 def _nodules(settings: Config) -> Data:
     """The 64x64 nodule patches that have a consensus, split by patient once for all seeds; distances in pixels."""
     data = open_data(
@@ -455,18 +468,7 @@ _FIRST = ("r = 0.4",)
 
 _MCPM = Study(
     title="MCPM on lung nodules: dilated labels, a small clean meta set",
-    settings=Config(
-        network="unet",
-        width=8,
-        batch_size=8,
-        lr=3e-3,
-        foreground=0.04,  # about the patches' share: the few steps are not spent on learning that
-        validation=0.05,
-        test=0.25,
-        meta_fraction=0.14,  # 300 of 2206, as in the paper
-        test_on="last",
-        device="cpu",
-    ),
+    settings=replace(_PATCHES, meta_fraction=0.14),  # 300 of 2206, as in the paper
     arms={
         "ce": Arm("U-Net, noisy and clean labels", {"train_on": "both"}),
         "ce_meta": Arm("U-Net, meta set only", {"train_on": "meta"}, everywhere=True),
@@ -553,18 +555,7 @@ _HN = ("HN",)
 
 _UMANET = Study(
     title="UMA-Net: five simulated raters, and real ones",
-    settings=Config(
-        method="umanet",
-        network="unet",
-        width=8,
-        batch_size=8,
-        lr=3e-3,
-        foreground=0.04,
-        validation=0.05,
-        test=0.25,
-        test_on="last",
-        device="cpu",
-    ),
+    settings=replace(_PATCHES, method="umanet"),
     arms={
         # The same loss as majority_vote's, on the reference, or the consensus of the real raters.
         "clean": Arm("U-Net, clean labels", {"method": "ce_dice"}, everywhere=True),
@@ -701,17 +692,7 @@ _FURTHER = {  # II and IV, and the printed form of eq. 7
 
 _COPLENET = Study(
     title="COPLE-Net's losses and self-ensembling on lung nodules: one radiologist's mask each",
-    settings=Config(
-        network="unet",
-        width=8,
-        batch_size=8,
-        lr=3e-3,
-        foreground=0.04,
-        validation=0.05,
-        test=0.25,
-        test_on="last",
-        device="cpu",
-    ),
+    settings=_PATCHES,
     arms={
         "clean": Arm("CE + Dice, clean labels", {"method": "ce_dice"}, everywhere=True),
         **{name: Arm(row.label, row.changes, only=row.only) for name, row in {**_TABLES, **_FURTHER}.items()},

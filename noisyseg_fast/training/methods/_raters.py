@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ... import losses
 from ..data import MISSING
-from .base import Batch, Losses, Method
+from .base import Batch, Inputs, Losses, MakeNetwork, Method
 
 
 def present(raters: Tensor) -> Tensor:
@@ -42,6 +42,20 @@ class Fused(Method):
 
     def training_step(self, batch: Batch, step: int) -> Losses:
         return {"loss": segmentation_loss(self(batch["image"]), batch["label"], self.activation)}
+
+
+class OwnNetwork(Method):
+    """A method whose network is its own and knows the raters: `make` with the blocks of "unet" and the width of the
+    user's network, whatever else that is."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"raters"})
+    make: ClassVar[type[nn.Module]]  # (spatial_dims, image channels, outputs, width, raters)
+
+    def prepare(self, inputs: Inputs, make_network: MakeNetwork, training: bool) -> None:
+        self.count = inputs.raters
+        self.network = self.make(
+            inputs.spatial_dims, inputs.channels, self.channels, inputs.width, inputs.raters
+        )
 
 
 def one_vs_rest(logits: Tensor) -> Tensor:

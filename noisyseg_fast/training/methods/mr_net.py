@@ -20,15 +20,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..branches import BranchedUNet, cut, pad
-from ._raters import frozen, masks, one_vs_rest, present, segmentation_loss
-from .base import Batch, Inputs, Losses, MakeNetwork, Method, register
+from ._raters import OwnNetwork, frozen, masks, one_vs_rest, present, segmentation_loss
+from .base import Batch, Losses, register
 
 KINDS = (3 / 6, 2 / 6, 1 / 6)  # weights of the losses under the three vectors: all alike, random, one rater
 
@@ -142,22 +142,16 @@ class Network(nn.Module):
 
 
 @register("mr_net")
-class MRNet(Method):
+class MRNet(OwnNetwork):
     """A vector of the raters' expertness steers a U-Net; what they disagree on is looked at again.
 
-    The networks have the blocks of "unet" and the width of the user's, whatever else that is. Raters who did not draw
+    Raters who did not draw
     an image have no expertness there, and their reconstructed masks learn nothing [OURS; theirs always has six].
     """
 
     Config = Config
-    needs: ClassVar[frozenset[str]] = frozenset({"raters"})
+    make = Network
     network: Network
-
-    def prepare(self, inputs: Inputs, make_network: MakeNetwork, training: bool) -> None:
-        self.count = inputs.raters
-        self.network = Network(
-            inputs.spatial_dims, inputs.channels, self.channels, inputs.width, inputs.raters
-        )
 
     def vectors(self, there: Tensor) -> Tensor:
         """(3, B, M): the expertness of all alike, at random, and of one rater; 0 for those who did not draw (B, M)."""

@@ -21,15 +21,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..branches import LEVELS, BranchedUNet, cut, pad
-from ._raters import masks, one_vs_rest, present, segmentation_loss
-from .base import Batch, Inputs, Losses, MakeNetwork, Method, register
+from ._raters import OwnNetwork, masks, one_vs_rest, present, segmentation_loss
+from .base import Batch, Losses, register
 
 
 @dataclass(frozen=True)
@@ -84,22 +84,16 @@ class Network(nn.Module):
 
 
 @register("self_calib")
-class SelfCalib(Method):
+class SelfCalib(OwnNetwork):
     """One network segments by the raters' expertness, the other finds their expertness by the segmentation.
 
-    The networks have the blocks of "unet" and the width of the user's, whatever else that is. Raters who did not draw
+    Raters who did not draw
     an image have no part in its fused masks [OURS].
     """
 
     Config = Config
-    needs: ClassVar[frozenset[str]] = frozenset({"raters"})
+    make = Network
     network: Network
-
-    def prepare(self, inputs: Inputs, make_network: MakeNetwork, training: bool) -> None:
-        self.count = inputs.raters
-        self.network = Network(
-            inputs.spatial_dims, inputs.channels, self.channels, inputs.width, inputs.raters
-        )
 
     def alike(self, image: Tensor) -> Tensor:
         """The expertness (B, K, M, *S) that one begins with."""
