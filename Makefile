@@ -1,5 +1,6 @@
 # make demo    install everything into .venv and run `noisyseg demo`: trains on real noisy masks, times the kernels
 # make test    install what the tests need too, and run them
+# make soak    the long versions of the tests of docs/reliability.md: hours of kills, fuzzing and repetition
 # make bench   every operation against its peers on this machine; results under bench/results/
 # make docs    the documentation, site/index.html; warnings are errors
 # make lint    ruff, mypy, clang-format        make clean    remove what was built and installed
@@ -14,7 +15,7 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check install -qq
 sources := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench docs lint clean check FORCE
+.PHONY: demo test soak bench docs lint clean check FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -22,6 +23,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	PATH="$(abspath $(bin)):$$PATH" OMP_WAIT_POLICY=passive python -m pytest -n auto --dist loadfile
+
+soak: $(VENV)/.test
+	PATH="$(abspath $(bin)):$$PATH" OMP_WAIT_POLICY=passive python -m pytest -m soak
 
 bench: $(VENV)/.test
 	$(bin)/python -m bench
