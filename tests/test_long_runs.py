@@ -35,7 +35,7 @@ def refuses(error, message):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """8 small images with two raters each, and 2 without labels."""
-    root = nifti_folder(tmp_path_factory.mktemp("data") / "set", cases=10, shape=(16, 16))
+    root = nifti_folder(tmp_path_factory.mktemp("data") / "set", cases=10, shape=(16, 32))
     (root / "imagesUn").mkdir()
     for i in (8, 9):
         (root / "imagesTr" / f"case{i}_0000.nii.gz").rename(root / "imagesUn" / f"case{i}_0000.nii.gz")
