@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -167,9 +168,9 @@ def uninterrupted(tiny, tmp_path_factory, read_once):
     return end(out)
 
 
-def goes_on(out, uninterrupted, **changes):
+def goes_on(out, uninterrupted):
     """The run in the folder, resumed, ends as an uninterrupted one."""
-    train(replace(engine.read_config(out), **changes), resume=True, report=False)
+    train(engine.read_config(out), resume=True, report=False)
     same(uninterrupted, end(out))
     whole(out)
 
@@ -600,16 +601,16 @@ def at_step(monkeypatch, number, act):
     monkeypatch.setattr(engine._Loop, "_step", step)
 
 
-def fails_and_goes_on(config, uninterrupted, monkeypatch, act, message, number=4, **changes):
+def fails_and_goes_on(config, uninterrupted, monkeypatch, act, message, repair=lambda: None):
     """The process in which this happens ends with the line and exit code 2; nothing is half written; resumed, the
     run ends as an uninterrupted one."""
     out = Path(config.out)
-    log = out.parent / "log"
+    log = out.parent.with_suffix(".log")
 
     def run():
         from noisyseg_fast import cli
 
-        at_step(monkeypatch, number, act)
+        at_step(monkeypatch, 4, act)
         monkeypatch.setattr(engine, "load_config", lambda path: config)
         cli.app(["train", "--config", "given"])
 
@@ -617,7 +618,8 @@ def fails_and_goes_on(config, uninterrupted, monkeypatch, act, message, number=4
     said = [line for line in log.read_text().splitlines() if line.startswith("noisyseg: ")]
     assert len(said) == 1 and re.search(message, said[0]), log.read_text()
     whole(out)
-    goes_on(out, uninterrupted, **changes)
+    repair()
+    goes_on(out, uninterrupted)
 
 
 def test_a_file_that_grows_too_large(tiny, tmp_path, monkeypatch, untested, uninterrupted):
@@ -650,8 +652,7 @@ def test_a_folder_that_may_no_longer_be_written(tiny, tmp_path, monkeypatch, unt
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("fault", ["full", "read-only"])
-def test_a_disk_that_is_full_or_read_only(tiny, tmp_path, monkeypatch, untested, uninterrupted, fault):
+def test_a_full_disk(tiny, tmp_path, monkeypatch, untested, uninterrupted):
     """A file system of 4 MB; needs root."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -659,26 +660,14 @@ def test_a_disk_that_is_full_or_read_only(tiny, tmp_path, monkeypatch, untested,
         pytest.skip("no file system could be mounted")
 
     def fill(loop):
-        if fault == "read-only":
-            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-            return
-        with open(disk / "filler", "wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(4096))
-            except OSError:
-                pass
+        with open(disk / "filler", "wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
 
-    def repaired():
-        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
-        (disk / "filler").unlink(missing_ok=True)
-
-    real = whole
-    monkeypatch.setattr(sys.modules[__name__], "whole", lambda out: (real(out), repaired()))
     try:
         fails_and_goes_on(
             of(tiny, "ce", disk / "run"), uninterrupted, monkeypatch, fill,
-            "cannot be written: (No space left on device|Read-only file system)$",
+            r"run/(best|last)\.pt: cannot be written: No space left on device$", (disk / "filler").unlink,
         )  # fmt: skip
     finally:
         subprocess.run(["umount", disk], check=True)
