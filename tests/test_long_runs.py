@@ -237,8 +237,17 @@ def command(*arguments):
     return lambda: app([str(a) for a in arguments])
 
 
+LOOK_AT = os.WEXITED | os.WNOHANG | os.WNOWAIT  # whether a process has ended, which is still to be waited for
+
+
+def written_at(out):
+    """When the run last began to train."""
+    return (out / "config.json").stat().st_mtime_ns if (out / "config.json").is_file() else 0
+
+
 def killed(config, numbers, log, moments):
-    """The run, by `noisyseg train`, gets the signals at random moments, is resumed after each, and then ends.
+    """The run, by `noisyseg train`, gets the signals at random moments after its data are read, the first one at any
+    time, is resumed after each, and then ends.
 
     Returns how often each exit code was seen.
     """
@@ -251,10 +260,13 @@ def killed(config, numbers, log, moments):
     file.write_text(yaml.safe_dump({name: getattr(config, name) for name in settings}))
     for number in (*numbers, None):
         begun = (out / "split.json").is_file()
+        before = written_at(out)
         pid = process(
             command("train", *(("--resume", out) if begun else ("--config", file, "--out", out))), log
         )
         if number is not None:
+            while begun and written_at(out) == before and not os.waitid(os.P_PID, pid, LOOK_AT):
+                time.sleep(0.01)
             time.sleep(moments())
             os.kill(pid, number)
         codes.append(exit_code(pid))
@@ -283,15 +295,15 @@ def test_killed_at_random_moments(tiny, tmp_path, uninterrupted):
 @pytest.mark.soak
 @pytest.mark.parametrize("name", KEEPING)
 def test_killed_twenty_times(name, tiny, tmp_path, capsys):
-    """SIGKILL and SIGTERM by turns at random, within a run long enough for it."""
-    config = replace(of(tiny, name, tmp_path / "whole"), epochs=12)
+    """SIGKILL and SIGTERM at random."""
+    config = replace(of(tiny, name, tmp_path / "whole"), epochs=30)
     start = time.monotonic()
     train(config, report=False)
     long = time.monotonic() - start
     generator = random.Random(name)
     numbers = [generator.choice((signal.SIGKILL, signal.SIGTERM)) for _ in range(20)]
     cut = replace(config, out=str(tmp_path / "cut"), save_every=2)
-    seen = killed(cut, numbers, tmp_path / "log", lambda: generator.uniform(0, max(1.0, long / 4)))
+    seen = killed(cut, numbers, tmp_path / "log", lambda: generator.uniform(0, long / 15))
     same(end(tmp_path / "whole"), end(tmp_path / "cut"))
     with capsys.disabled():
         print(f"\n{name}: exit codes {seen}")
@@ -446,6 +458,20 @@ def test_without_any_good_checkpoint(tiny, tmp_path, untested):
     assert (tmp_path / "last.pt").read_bytes() == b""  # left for inspection
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keep": 0}, "keep must be at least 1, got 0"),
+        ({"save_every": 0}, "save_every must be at least 1, got 0"),
+        ({"on_nan": "go"}, "unknown on_nan 'go'; choose from stop, skip"),
+    ],
+)
+def test_bad_settings(tiny, tmp_path, change, message):
+    with refuses(ValueError, message):
+        train(replace(tiny, out=str(tmp_path / "run"), **change))
+    assert not (tmp_path / "run").exists()
+
+
 # ---- not finite ------------------------------------------------------------------------------------
 
 
@@ -527,6 +553,16 @@ def test_skip_leaves_the_step_out_as_if_it_had_not_been(name, tiny, tmp_path, mo
     found, expected = end(tmp_path / "skip"), end(tmp_path / "without")
     assert found.pop("skipped") == [1] and expected.pop("skipped") == []
     same(expected, found)
+
+
+def test_a_run_that_stopped_may_skip_the_step_when_resumed(tiny, tmp_path, monkeypatch, untested):
+    poisoned(monkeypatch, {4}, in_one_image)
+    with pytest.raises(FloatingPointError):
+        train(of(tiny, "ce", tmp_path / "stopped"), report=False)
+    resumed = replace(engine.read_config(tmp_path / "stopped"), on_nan="skip")
+    train(resumed, resume=True, report=False)
+    train(replace(of(tiny, "ce", tmp_path / "skipped"), on_nan="skip"), report=False)
+    same(end(tmp_path / "skipped"), end(tmp_path / "stopped"))
 
 
 def test_skipped_steps_are_counted(tiny, tmp_path, monkeypatch):
