@@ -246,7 +246,7 @@ def written_at(out):
 
 
 def killed(config, numbers, log, moments):
-    """The run, by `noisyseg train`, gets the signals at random moments after its data are read, the first one at any
+    """The run, by `noisyseg train`, gets the signals at random moments after its data are read, each fifth one at any
     time, is resumed after each, and then ends.
 
     Returns how often each exit code was seen.
@@ -258,14 +258,14 @@ def killed(config, numbers, log, moments):
     import yaml
 
     file.write_text(yaml.safe_dump({name: getattr(config, name) for name in settings}))
-    for number in (*numbers, None):
+    for i, number in enumerate((*numbers, None)):
         begun = (out / "split.json").is_file()
         before = written_at(out)
         pid = process(
             command("train", *(("--resume", out) if begun else ("--config", file, "--out", out))), log
         )
         if number is not None:
-            while begun and written_at(out) == before and not os.waitid(os.P_PID, pid, LOOK_AT):
+            while i % 5 and written_at(out) == before and not os.waitid(os.P_PID, pid, LOOK_AT):
                 time.sleep(0.01)
             time.sleep(moments())
             os.kill(pid, number)
