@@ -153,7 +153,7 @@ class _Cupy(Namespace):
             return (self.device, self._cupy.cuda.get_current_stream().ptr, 0)
 
 
-class _Dlpack(Namespace):
+class Dlpack(Namespace):
     """A foreign CPU array: seen through NumPy, given back through its own from_dlpack, if it has one."""
 
     name = "dlpack"
@@ -161,15 +161,15 @@ class _Dlpack(Namespace):
     def __init__(self, like: Any) -> None:
         self._numpy = _Numpy()
         self._like = like
-        self._seen: dict[int, np.ndarray[Any, Any]] = {}  # also keeps alive what an exporter had to copy
+        # Keeps alive what an exporter had to copy, and the arrays: another could come to have the same id.
+        self._seen: dict[int, tuple[Any, np.ndarray[Any, Any]]] = {}
 
     def as_numpy(self, x: Any) -> np.ndarray[Any, Any]:
         if isinstance(x, np.ndarray):
             return x
-        seen = self._seen.get(id(x))
-        if seen is None:
-            seen = self._seen[id(x)] = np.from_dlpack(x)
-        return seen
+        if id(x) not in self._seen:
+            self._seen[id(x)] = (x, np.from_dlpack(x))
+        return self._seen[id(x)][1]
 
     def view(self, x: Any) -> View:
         return self._numpy.view(self.as_numpy(x))
@@ -188,7 +188,10 @@ class _Dlpack(Namespace):
 
     def back(self, x: Any) -> Any:
         own = getattr(self._like, "__array_namespace__", None)
-        return own().from_dlpack(x) if own is not None and hasattr(own(), "from_dlpack") else x
+        if own is None or not hasattr(own(), "from_dlpack"):
+            return x
+        # JAX takes no strides, NumPy gives no read-only arrays, and scalars have no memory to share.
+        return own().from_dlpack(np.require(x, requirements=("C", "W")))
 
 
 _NUMPY = _Numpy()
@@ -240,7 +243,9 @@ def _one(x: Any, name: str) -> Namespace:
             raise TypeError(f"{name} is a {type(x).__name__} on a GPU; pass torch.from_dlpack({name})")
         if not hasattr(x, "shape"):
             raise TypeError(f"{name} is a {type(x).__name__} without a shape; pass numpy.from_dlpack({name})")
-        foreign = _Dlpack(x)
+        foreign = Dlpack(x)
+        if str(getattr(x, "dtype", "")) == "bfloat16":
+            raise TypeError(f"{name} has dtype bfloat16, which NumPy lacks; pass {name}.astype('float32')")
         try:
             seen = foreign.as_numpy(x)
         except Exception as error:

@@ -97,14 +97,6 @@ def test_dlpack_copy_lives_as_long_as_the_call() -> None:
     assert not {j.ctypes.data for j in junk} & set(views)
 
 
-def test_jax() -> None:
-    jnp = pytest.importorskip("jax.numpy")
-    x = jnp.arange(6, dtype="float32").reshape(2, 3)
-    space = _arrays.of(x=x)
-    assert (space.name, space.dtype(x), space.view(x)[2:]) == ("dlpack", "float32", ((2, 3), (3, 1)))
-    assert type(space.back(np.zeros(3, np.float32))) is type(x)
-
-
 def test_strides_negative_zero_transposed() -> None:
     base = np.arange(24, dtype=np.int32).reshape(4, 6)
     for x, strides in (
