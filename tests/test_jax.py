@@ -128,14 +128,28 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     ),
     "mw_net": (lambda x, *theta: n.mw_net(x, theta), (WEIGHT, *MW)),
     "compat.scipy": (lambda x: scipy.distance_transform_edt(x[0], return_indices=True), (MASK,)),
-    "compat.scipy, full": (lambda x: scipy.distance_transform_edt(x[0] > 9, return_indices=True), (-CLASSES,)),
+    "compat.scipy, full": (
+        lambda x: scipy.distance_transform_edt(x[0] > 9, return_indices=True),
+        (-CLASSES,),
+    ),
     "compat.scipy, all object": (
         lambda x: scipy.distance_transform_edt(x[0] + 1, (1, 2), return_indices=True),
         (MASK,),
     ),
     **{
         f"compat.medpy.{name}": (lambda a, b, name=name: getattr(medpy, name)(a[0], b[0]), (MASK, OTHER))
-        for name in ("hd", "hd95", "asd", "assd", "dc", "jc", "precision", "sensitivity", "specificity", "ravd")
+        for name in (
+            "hd",
+            "hd95",
+            "asd",
+            "assd",
+            "dc",
+            "jc",
+            "precision",
+            "sensitivity",
+            "specificity",
+            "ravd",
+        )
     },
 }
 NUMBERS = {name for name in OPERATIONS if "medpy" in name}  # Python's floats
@@ -213,7 +227,9 @@ def test_other_dtypes() -> None:
     expected = n.dice_loss(LOGITS.astype(np.float16), CLASSES, return_grad=True)
     assert (grad.dtype, float(value)) == ("float16", float(expected[0]))
     np.testing.assert_array_equal(np.asarray(grad), expected[1])
-    with pytest.raises(TypeError, match=r"logits has dtype bfloat16, which NumPy lacks; pass logits.astype\('float32'\)"):
+    with pytest.raises(
+        TypeError, match=r"dtype bfloat16, which NumPy lacks; pass logits.astype\('float32'\)"
+    ):
         n.dice_loss(half.astype("bfloat16"), jnp.asarray(CLASSES), return_grad=True)
 
 
