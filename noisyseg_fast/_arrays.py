@@ -17,6 +17,7 @@ Exec = tuple[int, int, int]
 
 DTYPES = ("uint8", "bool", "int32", "int64", "float16", "bfloat16", "float32", "float64")  # DType in array.h
 _CODE = {name: code for code, name in enumerate(DTYPES)}
+NUMPY_NAME = {np.dtype(name): name for name in DTYPES if name != "bfloat16"}  # str(dtype) takes microseconds
 LABELS = ("uint8", "bool", "int32", "int64")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 MAX_RANK = 8  # Array::max_rank in array.h
@@ -63,11 +64,14 @@ def threads() -> int:
 class _Numpy(Namespace):
     name = "numpy"
 
+    def dtype(self, x: np.ndarray[Any, Any]) -> str:
+        return NUMPY_NAME.get(x.dtype) or str(x.dtype)
+
     def view(self, x: np.ndarray[Any, Any]) -> View:
         size = x.itemsize
         return (
             x.__array_interface__["data"][0],
-            _code(str(x.dtype)),
+            _code(self.dtype(x)),
             x.shape,
             tuple(s // size for s in x.strides),
         )
@@ -231,7 +235,8 @@ def _one(x: Any, name: str) -> Namespace:
             raise TypeError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
         return space
     if isinstance(x, np.ndarray):
-        _check_known(name, x.dtype.newbyteorder("="))
+        if x.dtype not in NUMPY_NAME:
+            _check_known(name, x.dtype.newbyteorder("="))
         _check_numpy(name, x)
         return _NUMPY
     if type(x).__module__.split(".")[0] == "cupy" and hasattr(x, "data"):

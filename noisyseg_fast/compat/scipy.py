@@ -77,8 +77,8 @@ def as_mask(x: Any, dtypes: Sequence[str]) -> Any:
         x = np.from_dlpack(x)
     if len(x.shape) == 0:
         x = x.reshape(1)
-    if isinstance(x, np.ndarray) and not x.dtype.isnative:
-        return x != 0
+    if isinstance(x, np.ndarray):
+        return x if _arrays.NUMPY_NAME.get(x.dtype) in dtypes else x != 0
     return x if str(x.dtype).removeprefix("torch.") in dtypes else x != 0
 
 
