@@ -87,7 +87,7 @@ recall = true_positive_rate = sensitivity
 true_negative_rate = specificity
 positive_predictive_value = precision
 
-_SMALL = 1 << 19  # voxels
+_SMALL = 1 << 20  # voxels
 _EMPTY = "The {} supplied array does not contain any binary object."
 
 
