@@ -1,6 +1,6 @@
 """The peer's line and ours, side by side: equal answers, and how many times faster ours is here.
 
-    python examples/drop_ins.py [--quick]
+    python examples/drop_ins.py [--quick] [--shape 16 16]
 
 Medians of alternating calls, on the CPU, with torch's number of threads. What a peer gets wrong or is not installed is
 said, not skipped.
@@ -26,9 +26,8 @@ from noisyseg_fast.compat import scipy as our_scipy
 from noisyseg_fast.timing import duration, pair
 
 
-def rows(quick: bool) -> list[tuple[str, str, Callable[[], Any]]]:
+def rows(shape: tuple[int, ...]) -> list[tuple[str, str, Callable[[], Any]]]:
     """(peer, the call as one writes it, a maker of (theirs, ours))."""
-    shape = (24, 32, 20) if quick else (112, 112, 80)
     pred, target = (x[0] for x in pair((1, *shape)))
     one_hot = [torch.from_numpy(np.stack([1 - x, x])).float()[None] for x in (pred, target)]
     torch.manual_seed(0)
@@ -63,7 +62,7 @@ def rows(quick: bool) -> list[tuple[str, str, Callable[[], Any]]]:
         return tuple(gradient(loss) for loss in both)
 
     softmax = {"softmax": True, "to_onehot_y": True}
-    spacing = (1.0, 1.0, 2.5)
+    spacing = (1.0, 1.0, 2.5)[-len(shape) :]
     return [
         ("scipy", "distance_transform_edt(mask)", scipy),
         ("scipy", "distance_transform_edt(mask, sampling)", lambda: scipy(sampling=spacing)),
@@ -113,10 +112,13 @@ def median(call: Callable[[], Any], other: Callable[[], Any], seconds: float) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small volumes, few repetitions")
-    quick = parser.parse_args().quick
+    parser.add_argument("--shape", nargs="+", type=int, metavar="N", help="of the images, 2D or 3D")
+    options = parser.parse_args()
+    quick = options.quick
+    shape = tuple(options.shape or ((24, 32, 20) if quick else (112, 112, 80)))
     warnings.simplefilter("ignore")
     table = Table("peer", "call", "largest difference", "theirs", "ours", "faster")
-    for peer, call, make in rows(quick):
+    for peer, call, make in rows(shape):
         try:
             theirs, ours = make()
         except ModuleNotFoundError as missing:

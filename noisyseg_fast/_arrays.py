@@ -17,6 +17,7 @@ Exec = tuple[int, int, int]
 
 DTYPES = ("uint8", "bool", "int32", "int64", "float16", "bfloat16", "float32", "float64")  # DType in array.h
 _CODE = {name: code for code, name in enumerate(DTYPES)}
+NUMPY_NAME = {np.dtype(name): name for name in DTYPES if name != "bfloat16"}  # str(dtype) takes microseconds
 LABELS = ("uint8", "bool", "int32", "int64")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 MAX_RANK = 8  # Array::max_rank in array.h
@@ -63,11 +64,14 @@ def threads() -> int:
 class _Numpy(Namespace):
     name = "numpy"
 
+    def dtype(self, x: np.ndarray[Any, Any]) -> str:
+        return NUMPY_NAME.get(x.dtype) or str(x.dtype)
+
     def view(self, x: np.ndarray[Any, Any]) -> View:
         size = x.itemsize
         return (
             x.__array_interface__["data"][0],
-            _code(str(x.dtype)),
+            _code(self.dtype(x)),
             x.shape,
             tuple(s // size for s in x.strides),
         )
@@ -153,7 +157,7 @@ class _Cupy(Namespace):
             return (self.device, self._cupy.cuda.get_current_stream().ptr, 0)
 
 
-class _Dlpack(Namespace):
+class Dlpack(Namespace):
     """A foreign CPU array: seen through NumPy, given back through its own from_dlpack, if it has one."""
 
     name = "dlpack"
@@ -161,15 +165,15 @@ class _Dlpack(Namespace):
     def __init__(self, like: Any) -> None:
         self._numpy = _Numpy()
         self._like = like
-        self._seen: dict[int, np.ndarray[Any, Any]] = {}  # also keeps alive what an exporter had to copy
+        # Keeps alive what an exporter had to copy, and the arrays: another could come to have the same id.
+        self._seen: dict[int, tuple[Any, np.ndarray[Any, Any]]] = {}
 
     def as_numpy(self, x: Any) -> np.ndarray[Any, Any]:
         if isinstance(x, np.ndarray):
             return x
-        seen = self._seen.get(id(x))
-        if seen is None:
-            seen = self._seen[id(x)] = np.from_dlpack(x)
-        return seen
+        if id(x) not in self._seen:
+            self._seen[id(x)] = (x, np.from_dlpack(x))
+        return self._seen[id(x)][1]
 
     def view(self, x: Any) -> View:
         return self._numpy.view(self.as_numpy(x))
@@ -188,7 +192,10 @@ class _Dlpack(Namespace):
 
     def back(self, x: Any) -> Any:
         own = getattr(self._like, "__array_namespace__", None)
-        return own().from_dlpack(x) if own is not None and hasattr(own(), "from_dlpack") else x
+        if own is None or not hasattr(own(), "from_dlpack"):
+            return x
+        # JAX takes no strides, NumPy gives no read-only arrays, and scalars have no memory to share.
+        return own().from_dlpack(np.require(x, requirements=("C", "W")))
 
 
 _NUMPY = _Numpy()
@@ -228,7 +235,8 @@ def _one(x: Any, name: str) -> Namespace:
             raise TypeError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
         return space
     if isinstance(x, np.ndarray):
-        _check_known(name, x.dtype.newbyteorder("="))
+        if x.dtype not in NUMPY_NAME:
+            _check_known(name, x.dtype.newbyteorder("="))
         _check_numpy(name, x)
         return _NUMPY
     if type(x).__module__.split(".")[0] == "cupy" and hasattr(x, "data"):
@@ -240,7 +248,9 @@ def _one(x: Any, name: str) -> Namespace:
             raise TypeError(f"{name} is a {type(x).__name__} on a GPU; pass torch.from_dlpack({name})")
         if not hasattr(x, "shape"):
             raise TypeError(f"{name} is a {type(x).__name__} without a shape; pass numpy.from_dlpack({name})")
-        foreign = _Dlpack(x)
+        foreign = Dlpack(x)
+        if str(getattr(x, "dtype", "")) == "bfloat16":
+            raise TypeError(f"{name} has dtype bfloat16, which NumPy lacks; pass {name}.astype('float32')")
         try:
             seen = foreign.as_numpy(x)
         except Exception as error:

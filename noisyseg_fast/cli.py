@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-INSTALL = "install the training extras: pip install 'noisyseg-fast[train]'"
+INSTALL = "install the training extras: pip install 'noisyseg-fast[train]', or '.[train]' from a checkout"
 
 try:
     import typer

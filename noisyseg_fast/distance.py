@@ -255,6 +255,8 @@ def _dims(name: str, x: Any, spatial_dims: int | None) -> int:
 
 def _plain(mask: Any, ordered: bool) -> Any:
     """Integers of the other dtypes as one of _arrays.LABELS; ordered: with the values kept, not only what is equal."""
+    if isinstance(mask, np.ndarray) and mask.dtype in _arrays.NUMPY_NAME:
+        return mask
     name = str(getattr(mask, "dtype", "")).removeprefix("torch.")
     to = _SAME_BITS.get(name)
     if to and not (ordered and name in _WIDER) and hasattr(mask, "view"):

@@ -590,7 +590,7 @@ class Calibration:
         more = np.array([u < self.share for u in _lots(seed, batch.size)], bool)
         shape = (*batch.shape[: len(batch.shape) - batch.dims], *(1,) * batch.dims)
         chosen = _device(batch, more.reshape(shape))
-        return _library(batch).where(chosen, strong, weak)
+        return batch.given.back(_library(batch).where(chosen, strong, weak))
 
 
 def calibrate(
@@ -803,11 +803,13 @@ def dilate_labels(labels: Any, radius: float) -> Any:
     """`dilate` for a label map (*S): each class grows over background only, smaller labels first."""
     if radius == 0:
         return labels
-    grown = labels * 1  # a copy, whatever the array's kind
-    for label in range(1, int(labels.max()) + 1):
-        new = (dilate(labels == label, radius) != 0) & (grown == 0)
+    batch = _batch(labels, len(labels.shape), "labels")
+    items = batch.items[0]
+    grown = items * 1  # a copy, whatever the array's kind
+    for label in range(1, int(items.max()) + 1):
+        new = (dilate(items == label, radius) != 0) & (grown == 0)
         grown[new] = label
-    return grown
+    return _restore(batch, grown)
 
 
 # ---- arrays and random streams --------------------------------------------------------------------

@@ -44,8 +44,10 @@ def check(wheel: Path, limit_mb: float) -> tuple[list[str], list[str]]:
         faults += [f"undefined symbol {s.strip()}" for s in symbols.splitlines() if FOREIGN.search(s)][:5]
         tag = re.search(r"cpython-(\d)(\d+)", modules[0])
         python = shutil.which(f"python{tag[1]}.{tag[2]}") if tag else None
+        # A shim may stand there without its Python, and a Python without NumPy.
+        able = python and not subprocess.run([python, "-c", "import numpy"], capture_output=True).returncode
         here = tag is not None and (int(tag[1]), int(tag[2])) == sys.version_info[:2]
-        if here or python:
+        if here or able:
             command = [
                 sys.executable if here else str(python),
                 "-I",
@@ -57,6 +59,10 @@ def check(wheel: Path, limit_mb: float) -> tuple[list[str], list[str]]:
                 faults.append(f"import fails: {done.stderr.strip().splitlines()[-1]}")
             else:
                 facts.append("imports on " + done.stdout.split()[1])
+        else:
+            facts.append(
+                f"not imported: no Python {tag[1]}.{tag[2]} with NumPy on PATH" if tag else "not imported"
+            )
     audit = shutil.which("auditwheel")
     if audit:
         done = subprocess.run([audit, "show", str(wheel)], capture_output=True, text=True)

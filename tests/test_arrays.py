@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -97,12 +99,57 @@ def test_dlpack_copy_lives_as_long_as_the_call() -> None:
     assert not {j.ctypes.data for j in junk} & set(views)
 
 
-def test_jax() -> None:
-    jnp = pytest.importorskip("jax.numpy")
-    x = jnp.arange(6, dtype="float32").reshape(2, 3)
+class CupyArray:
+    """What _arrays reads of a CuPy array, with memory of NumPy's."""
+
+    __module__ = "cupy"
+
+    def __init__(self, array: np.ndarray[Any, Any], device: int = 1) -> None:
+        self.array, self.shape, self.strides = array, array.shape, array.strides
+        self.dtype, self.itemsize = array.dtype, array.itemsize
+        self.data = SimpleNamespace(ptr=array.ctypes.data)
+        self.device = SimpleNamespace(id=device)
+
+
+def test_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins: no GPU. Allocations and the stream are asked for on the array's own device."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(number: int) -> Any:
+        before, current[0] = current[0], number
+        yield
+        current[0] = before
+
+    def empty(shape: Any, dtype: str) -> CupyArray:
+        return CupyArray(np.empty(shape, dtype), current[0])
+
+    cupy = SimpleNamespace(
+        cuda=SimpleNamespace(
+            Device=device, get_current_stream=lambda: SimpleNamespace(ptr=1000 + current[0])
+        ),
+        empty=empty,
+        empty_like=lambda x: empty(x.shape, x.dtype),
+        ones_like=lambda x: CupyArray(np.ones_like(x.array), current[0]),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(_arrays, "_CUPY", {})
+    monkeypatch.setattr(_arrays, "_need_cuda", lambda: None)
+    x = CupyArray(np.zeros((2, 3), np.float32).T)
     space = _arrays.of(x=x)
-    assert (space.name, space.dtype(x), space.view(x)[2:]) == ("dlpack", "float32", ((2, 3), (3, 1)))
-    assert type(space.back(np.zeros(3, np.float32))) is type(x)
+    assert (space.name, space.device, space.dtype(x)) == ("cupy", 1, "float32")
+    assert space.view(x) == (x.array.ctypes.data, _arrays.DTYPES.index("float32"), (3, 2), (1, 3))
+    assert space.exec == (1, 1001, 0)
+    for made in (space.empty((4,), "int64"), space.empty_like(x), space.ones_like(x)):
+        assert isinstance(made, CupyArray) and made.device.id == 1
+        assert space.back(made) is made
+    assert current == [0]
+    with pytest.raises(TypeError, match="mask has dtype complex64"):
+        _arrays.of(mask=CupyArray(np.zeros(2, "complex64")))
+    with pytest.raises(TypeError, match="a is a cupy array and b a numpy array"):
+        _arrays.of(a=x, b=np.zeros(2))
+    with pytest.raises(ValueError, match="a is on device cuda:1 and b on cuda:0"):
+        _arrays.of(a=x, b=CupyArray(np.zeros(2), 0))
 
 
 def test_strides_negative_zero_transposed() -> None:

@@ -138,6 +138,30 @@ def test_another_cpp_project_finds_the_library(tmp_path: Path) -> None:
     assert short.returncode == 1 and "holds fewer than 792 bytes" in short.stderr
 
 
+@on_linux
+@pytest.mark.soak
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("nvcc")), reason="needs cmake and nvcc")
+def test_another_cpp_project_finds_the_library_with_cuda(tmp_path: Path) -> None:
+    """examples/cpp's CUDA program is compiled and linked against a library with CUDA, and run, here on the CPU."""
+    library = ROOT / "build" / "cuda"
+    generator = ["-G", "Ninja"] if shutil.which("ninja") and not (library / "Makefile").exists() else []
+    done = configure(library, *generator, NOISYSEG_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0+PTX")
+    assert done.returncode == 0, done.stderr
+    output("cmake", "--build", library, "--parallel", "2")
+    output("cmake", "--install", library, "--prefix", tmp_path / "installed")
+    example = tmp_path / "example"
+    output("cmake", "-S", ROOT / "examples/cpp", "-B", example, f"-DCMAKE_PREFIX_PATH={tmp_path}/installed")
+    output("cmake", "--build", example)
+    mask = np.random.default_rng(0).random((7, 9, 11)) < 0.2
+    (tmp_path / "mask.raw").write_bytes(mask.tobytes())
+    assert output(example / "signed_map", "7", "9", "11", tmp_path / "mask.raw") in ("CPU\n", "GPU\n")
+    written = np.fromfile(tmp_path / "mask.raw.sdf", np.float32).reshape(7, 9, 11)
+    np.testing.assert_allclose(written, noisyseg_fast.signed_distance_map(mask), rtol=1e-6)
+    # Neither the library nor the program asks for CUDA's own to be installed.
+    needed = re.findall(r"\(NEEDED\).*\[(.+?)\]", output("readelf", "-d", example / "signed_map"))
+    assert not [n for n in needed if "cuda" in n]
+
+
 # ---- Python without torch -------------------------------------------------------------------------
 def test_works_without_torch() -> None:
     """flash-attention#246: No module named torch."""

@@ -144,3 +144,17 @@ def test_medpy_counts_in_any_number_of_axes():
         medpy.hd(a, b)
     with pytest.raises(ValueError, match="connectivity must be 1 or 3, the number of axes, got 2"):
         medpy.hd(a[0], b[0], connectivity=2)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.float32])
+def test_medpy_counts_of_small_and_large_masks_are_the_same(dtype, monkeypatch):
+    """NumPy counts small masks, the kernel large ones."""
+    a, b = ((np.random.default_rng(seed).random((7, 8, 9)) < 0.4).astype(dtype) for seed in (0, 1))
+    names = ("dc", "jc", "precision", "sensitivity", "specificity", "ravd")
+    small = [getattr(medpy, name)(a, b) for name in names]
+    monkeypatch.setattr(medpy, "_SMALL", 0)
+    monkeypatch.setattr(np, "count_nonzero", None)
+    assert [getattr(medpy, name)(a, b) for name in names] == small
+    for empty in (a * 0, b * 0):
+        with pytest.raises(RuntimeError, match="second supplied"):
+            medpy.ravd(a, empty.astype(dtype))

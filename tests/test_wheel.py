@@ -56,6 +56,18 @@ def test_a_bad_wheel_does_not(tmp_path: Path, options: dict[str, str], word: str
     assert (code, word in text) == (1, True), text
 
 
+def test_cibuildwheel_takes_its_settings() -> None:
+    """Its containers are not tried here: which wheels it would build, from pyproject.toml."""
+    pytest.importorskip("cibuildwheel")
+    done = subprocess.run(
+        [sys.executable, "-m", "cibuildwheel", "--print-build-identifiers", "--platform", "linux", ROOT],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [f"cp{v}-manylinux_x86_64" for v in ("310", "311", "312", "313")]
+
+
 def test_the_cuda_distribution_is_renamed_throughout() -> None:
     """docs/install.md's sed: the extras that name the package itself must not bring the CPU distribution."""
     tomllib = pytest.importorskip("tomllib")

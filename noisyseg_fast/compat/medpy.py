@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from .. import _arrays, metrics
 from .scipy import as_mask
 
@@ -70,16 +72,22 @@ def specificity(result: Any, reference: Any) -> float:
 
 def ravd(result: Any, reference: Any) -> float:
     """Relative volume difference (|result| - |reference|) / |reference|. RuntimeError for an empty reference."""
-    tp, fp, fn, _ = _counts(result, reference)
-    if tp + fn == 0:
+    small = _small(result, reference)
+    if small:
+        size, whole = (int(np.count_nonzero(x)) for x in small)
+    else:
+        tp, fp, fn, _ = _counts(result, reference)
+        size, whole = tp + fp, tp + fn
+    if whole == 0:
         raise RuntimeError(_EMPTY.format("second"))
-    return (fp - fn) / (tp + fn)
+    return (size - whole) / whole
 
 
 recall = true_positive_rate = sensitivity
 true_negative_rate = specificity
 positive_predictive_value = precision
 
+_SMALL = 1 << 20  # voxels
 _EMPTY = "The {} supplied array does not contain any binary object."
 
 
@@ -102,8 +110,21 @@ def _masks(result: Any, reference: Any) -> tuple[Any, Any]:
     return as_mask(result, _arrays.LABELS), as_mask(reference, _arrays.LABELS)
 
 
+def _small(result: Any, reference: Any) -> tuple[Any, Any] | None:
+    """As bool, where NumPy has counted the voxels before our kernel is called."""
+    if not type(result) is type(reference) is np.ndarray or result.shape != reference.shape:
+        return None
+    if result.size >= _SMALL:
+        return None
+    return result.astype(bool, copy=False), reference.astype(bool, copy=False)
+
+
 def _counts(result: Any, reference: Any) -> tuple[int, ...]:
     """True and false positives and negatives."""
+    small = _small(result, reference)
+    if small:
+        p, t, both = (int(np.count_nonzero(x)) for x in (*small, small[0] & small[1]))
+        return both, p - both, t - both, result.size - p - t + both
     masks = _masks(result, reference)
     if len(masks[0].shape) > 3:
         masks = masks[0].reshape(-1), masks[1].reshape(-1)

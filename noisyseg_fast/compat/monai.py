@@ -18,6 +18,7 @@ channel axis.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -97,6 +98,7 @@ def patch_monai() -> Iterator[None]:
         undo.callback(setattr, owner, name, before)
 
     def loss_forward(theirs: Any) -> Any:
+        @functools.wraps(theirs)
         def forward(self: Any, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             ours = not monai_losses.unhonoured(self) and monai_losses.fits(self, input)
             value: torch.Tensor = (monai_losses.compute if ours else theirs)(self, input, target)

@@ -45,6 +45,7 @@ def distance_transform_edt(
     if wrong:
         raise RuntimeError(", ".join(wrong))
     mask = as_mask(input, distance.INTEGERS)
+    back = _arrays.Dlpack(input).back if _foreign(input) else lambda x: x
     shape, rank = tuple(mask.shape), len(mask.shape)
     if rank > 3:
         raise ValueError(
@@ -64,7 +65,7 @@ def distance_transform_edt(
         if wanted and out is not None:
             out[...] = value
         elif wanted:
-            result.append(value)
+            result.append(back(value))
     return (tuple(result) if len(result) == 2 else result[0]) if result else None
 
 
@@ -72,11 +73,23 @@ def as_mask(x: Any, dtypes: Sequence[str]) -> Any:
     """x as an array of one of those dtypes with at least one axis: itself, or where it is not 0."""
     if not hasattr(x, "__dlpack__") and not hasattr(x, "__cuda_array_interface__"):
         x = np.asarray(x)
+    if _foreign(x):
+        x = np.from_dlpack(x)
     if len(x.shape) == 0:
         x = x.reshape(1)
-    if isinstance(x, np.ndarray) and not x.dtype.isnative:
-        return x != 0
+    if isinstance(x, np.ndarray):
+        return x if _arrays.NUMPY_NAME.get(x.dtype) in dtypes else x != 0
     return x if str(x.dtype).removeprefix("torch.") in dtypes else x != 0
+
+
+def _foreign(x: Any) -> bool:
+    """An array of neither NumPy, torch nor CuPy: all that is known of it is that it speaks DLPack."""
+    return (
+        hasattr(x, "__dlpack__")
+        and not isinstance(x, np.ndarray)
+        and not hasattr(x, "new_tensor")
+        and not hasattr(x, "__cuda_array_interface__")
+    )
 
 
 def _check_out(name: str, out: Any, shape: tuple[int, ...], dtype: str) -> None:

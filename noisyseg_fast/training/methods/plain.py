@@ -1,6 +1,6 @@
 """Training by one loss and nothing else, and the table of these losses, which other methods use by name.
 
-Sources: [S3] is Wang et al., COPLE-Net and NR-Dice, IEEE TMI 2020, Table I of which compares most of them.
+Wang et al. 2020 is COPLE-Net and NR-Dice, IEEE TMI, Table I of which compares most of them.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ LOSSES: dict[str, Loss] = {
         "Focal cross-entropy (Lin et al., ICCV 2017): confident pixels weigh less.",
         losses.pixel_loss,
         {"kind": "focal"},
-        {"focal_gamma": 2.0},  # [S3] compares 2 and 0.5
+        {"focal_gamma": 2.0},  # Wang et al. 2020 compare 2 and 0.5
     ),
     "mae": Loss(
-        "Mean absolute error of the probabilities (Ghosh et al., AAAI 2017; [S3] eq. 2).",
+        "Mean absolute error of the probabilities (Ghosh et al., AAAI 2017; Wang et al. 2020, eq. 2).",
         losses.pixel_loss,
         {"kind": "mae"},
         {},
@@ -43,10 +43,10 @@ LOSSES: dict[str, Loss] = {
         "Generalised cross-entropy (1 - p^q) / q (Zhang and Sabuncu, NeurIPS 2018).",
         losses.pixel_loss,
         {"kind": "gce"},
-        {"q": 0.7},  # [S3]; PyMIC's default is 0.5
+        {"q": 0.7},  # Wang et al. 2020; PyMIC's default is 0.5
     ),
     "dice": Loss(
-        "Dice loss with squared sums (Milletari et al., V-Net, 3DV 2016; [S3] eq. 1).",
+        "Dice loss with squared sums (Milletari et al., V-Net, 3DV 2016; Wang et al. 2020, eq. 1).",
         losses.dice_loss,
         {},
         {"denominator": "squared"},  # "linear" is Sorensen's
@@ -61,27 +61,27 @@ LOSSES: dict[str, Loss] = {
         "1 - Dice^(1/beta) (Wang and Chung, BrainLes 2018).",
         losses.focal_dice_loss,
         {},
-        {"beta": 0.5},  # [S3]
+        {"beta": 0.5},  # Wang et al. 2020
     ),
     "ce_dice": Loss(
-        "Cross-entropy and Dice loss, summed ([S3] Table I).",
+        "Cross-entropy and Dice loss, summed (Wang et al. 2020, Table I).",
         losses.dice_ce_loss,
         {},
         {"ce_weight": 1.0, "dice_weight": 1.0},  # UA-MT, DTML and SSL4MIS: 0.5 each
     ),
     "mae_dice": Loss(
-        "Mean absolute error and Dice loss, summed ([S3] Table I).",
+        "Mean absolute error and Dice loss, summed (Wang et al. 2020, Table I).",
         losses.dice_mae_loss,
         {},
         {"mae_weight": 1.0, "dice_weight": 1.0},
     ),
     "nr_dice": Loss(
-        "Noise-robust Dice: sum |p-g|^gamma / (sum p^2 + sum g^2) ([S3] eq. 3).",
+        "Noise-robust Dice: sum |p-g|^gamma / (sum p^2 + sum g^2) (Wang et al., TMI 2020, eq. 3).",
         losses.nr_dice_loss,
         {},
         {
-            "gamma": 1.5,  # best of 1.0-2.0 in [S3] Fig. 4; 2 is Dice loss, 1 is MAE-like
-            "denominator": "squared",  # [S3] eq. 3; "linear" is PyMIC's code
+            "gamma": 1.5,  # best of 1.0-2.0 in Wang et al. 2020, Fig. 4; 2 is Dice loss, 1 is MAE-like
+            "denominator": "squared",  # Wang et al. 2020, eq. 3; "linear" is PyMIC's code
         },
     ),
 }
