@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,3 +151,85 @@ def test_the_steps_of_dtml_agree_whoever_makes_the_targets():
         assert list(answers) == [OURS, "scipy", "scipy, as DTML's code"]
         for answer in answers.values():
             assert timing.relative_error(answer, answers[case.oracle]) < case.tolerance
+
+
+# ---- comparing two runs ---------------------------------------------------------------------------
+
+
+def run_of(*times: float, operation: str = "doubling", peer: float | None = 4.0, state: str = "ok") -> dict:
+    """A result file of one case; times are p20, p50, p80 of ours."""
+    p20, p50, p80 = times if state == "ok" else (None, None, None)
+    note = "" if state == "ok" else "off by 1"
+    contenders = {OURS: {"state": state, "note": note, "p20": p20, "p50": p50, "p80": p80}}
+    contenders["peer"] = {
+        "state": "ok" if peer else "missing",
+        "note": "",
+        "p20": peer,
+        "p50": peer,
+        "p80": peer,
+    }
+    contenders[COPY] = {"state": "ok", "note": "", "p20": 1.0, "p50": 1.0, "p80": 1.0}
+    case = {"operation": operation, "input": "1000", "contenders": contenders}
+    return {"machine": {"processor": "A", "threads": 2}, "cases": [case]}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "state", "code"),
+    [
+        (run_of(1.0, 1.1, 1.2), run_of(1.3, 1.4, 1.5), "slower", 1),
+        (run_of(1.0, 1.1, 1.2), run_of(1.15, 1.4, 1.5), "same", 0),  # within the spread
+        (run_of(1.0, 1.001, 1.002), run_of(1.01, 1.011, 1.012), "same", 0),  # beyond it, but by 1 %
+        (run_of(1.3, 1.4, 1.5), run_of(1.0, 1.1, 1.2), "faster", 0),
+        (run_of(1.0, 1.1, 1.2), run_of(1.0, 1.1, 1.2, state="wrong"), "wrong", 1),
+        (run_of(1.0, 1.1, 1.2), run_of(1.0, 1.1, 1.2, peer=None), "missing", 0),
+    ],
+)
+def test_compare_tells_slower_from_spread(tmp_path, before, after, state, code):
+    from bench import compare
+
+    for name, run in (("a", before), ("b", after)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "losses.json").write_text(json.dumps(run))
+    lines, got = compare.report(tmp_path / "a", tmp_path / "b" / "losses.json")
+    assert got == code
+    assert any(line.startswith(f"{state} (1)") for line in lines), lines
+
+
+def test_compare_names_rows_that_are_gone_and_other_machines(tmp_path):
+    from bench import compare
+
+    a, b = run_of(1, 1, 1), run_of(1, 1, 1, operation="tripling")
+    b["machine"]["processor"] = "B"
+    for name, run in (("a.json", a), ("b.json", b)):
+        (tmp_path / name.replace(".json", "")).mkdir()
+        (tmp_path / name.replace(".json", "") / "losses.json").write_text(json.dumps(run))
+    lines, code = compare.report(tmp_path / "a", tmp_path / "b")
+    assert code == 1 and any("machines differ" in line for line in lines)
+    assert any(line.startswith("gone (1)") for line in lines) and any(
+        line.startswith("new (1)") for line in lines
+    )
+
+
+def test_compare_by_peer_is_blind_to_the_machines_speed(tmp_path):
+    from bench import compare
+
+    a = run_of(1.0, 1.1, 1.2)
+    b = copy.deepcopy(a)
+    for timed in b["cases"][0]["contenders"].values():
+        timed.update({p: 2 * timed[p] for p in ("p20", "p50", "p80")})
+    for name, run in (("a.json", a), ("b.json", b)):
+        (tmp_path / name).write_text(json.dumps(run))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.json").rename(tmp_path / name / "losses.json")
+    assert compare.report(tmp_path / "a", tmp_path / "b")[1] == 1
+    assert compare.report(tmp_path / "a", tmp_path / "b", by_peer=True)[1] == 0
+
+
+def test_compare_as_a_command():
+    results = ROOT / "bench" / "results" / "amd-epyc"
+    command = [sys.executable, "-m", "bench.compare"]
+    same = subprocess.run([*command, results, results], cwd=ROOT, capture_output=True, text=True)
+    assert same.returncode == 0 and same.stdout.splitlines()[-1].startswith("same (")
+    none = subprocess.run([*command, results, "nowhere"], cwd=ROOT, capture_output=True, text=True)
+    assert none.returncode == 2 and none.stderr.startswith("compare: ")
