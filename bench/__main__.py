@@ -53,7 +53,8 @@ class Limits(NamedTuple):
     slow: float  # a call longer than this is made once
 
 
-FULL, QUICK, ALL = Limits(13, 4.0, 1.5, 2.0), Limits(1.6, 0.5, 0.3, 0.3), Limits(math.inf, math.inf, 3.0, 8.0)
+FULL, QUICK = Limits(13, 4.0, 1.5, 2.0), Limits(1.5, 0.5, 0.3, 0.3)
+ALL = Limits(math.inf, math.inf, 3.0, 8.0)
 
 
 def known(out: Path, device: str) -> dict[str, list[dict[str, Any]]]:
@@ -116,11 +117,9 @@ def main() -> None:
     likely = {name: 4.0 * len(makers) for name, makers in work.items()}
     if not options.quick:
         likely |= {name: expected(last[name], limits) for name in work if name in last}
-    print(
-        f"bench: {count} cases, about {min(sum(likely.values()) / 60, limits.minutes):.0f} minutes by the last results, "
-        + ("no limit" if options.all else f"{limits.minutes + 2:.0f} at most"),
-        flush=True,
-    )
+    minutes = min(sum(likely.values()) / 60, limits.minutes)
+    most = "no limit" if options.all else f"{15 if limits is FULL else 2} at most"
+    print(f"bench: {count} cases, about {minutes:.0f} minutes by the last results, {most}", flush=True)
     begin, scale = time.perf_counter(), limits.minutes * 60 / sum(likely.values())
     plan = [  # each case with the time by which it should be done, if the families share all of it as they need it
         (make, scale * (sum(list(likely.values())[:f]) + likely[name] * (i + 1) / len(makers)))

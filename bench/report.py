@@ -256,6 +256,32 @@ def small_calls(runs: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def instructions(root: Path) -> str:
+    """What bench/instructions.py counted."""
+    rows = json.loads((root / "bench" / "results" / "instructions.json").read_text(encoding="utf-8"))
+    names = [
+        "operation",
+        "instructions",
+        "for each",
+        "256 bits",
+        "128 bits",
+        "scalar float",
+        "the rest",
+        "divisions, roots",
+    ]
+    lines = [_line(names), _line(["---"] + ["---:"] * (len(names) - 1))]
+    for row in rows:
+        mix = row["mix"]
+        wide = [mix.get(k, 0.0) for k in ("256 bits", "128 bits", "scalar float")]
+        cells = [row["operation"], f"{row['instructions_per_element']:.1f}", row["element"]]
+        cells += [
+            *(f"{x:.0%}" for x in (*wide, 1 - sum(wide))),
+            f"{row['divisions_and_roots_per_element']:.2f}",
+        ]
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
 def prediction_table(rows: list[dict[str, Any]]) -> str:
     """Of bench/gpu/predict.py: with what was measured and the ratio, where there is a run."""
     names = ["operation", "input", "launches", "occupancy", "moved", "device", "call", "bound by"]
@@ -310,7 +336,7 @@ def update_readme(readme: Path, folder: Path) -> None:
 def performance_tables(root: Path, folder: Path) -> list[str]:
     """Those of docs/performance.md."""
     runs = read(folder)
-    return [small_calls(runs), floors(runs), predictions(root)]
+    return [small_calls(runs), floors(runs), instructions(root), predictions(root)]
 
 
 def _own(name: str) -> bool:
