@@ -53,7 +53,7 @@ class Limits(NamedTuple):
     slow: float  # a call longer than this is made once
 
 
-FULL, QUICK = Limits(13, 4.0, 1.5, 2.0), Limits(1.5, 0.5, 0.3, 0.3)
+FULL, QUICK = Limits(12, 2.0, 0.8, 2.0), Limits(1.4, 0.5, 0.3, 0.3)
 ALL = Limits(math.inf, math.inf, 3.0, 8.0)
 
 

@@ -232,8 +232,9 @@ def floors(runs: dict[str, dict[str, Any]]) -> str:
     largest: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
         for case in run["cases"]:
-            if name in ("methods", "steps", "validation", "sweeps"):
-                continue  # whole training steps and passes: nothing says what is their least
+            whole = name in ("meta", "methods", "steps", "validation") or "U-Net" in case["operation"]
+            if whole or name == "sweeps":
+                continue  # nothing says what is the least for a network's step
             found = largest.setdefault(case["operation"], case)
             if case["bytes_moved"] > found["bytes_moved"]:
                 largest[case["operation"]] = case

@@ -190,7 +190,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, known: Known, *arrays: Any) -> Any:
-        loss, sums, kept = known.forward(arrays, True)  # type: ignore[arg-type]
+        loss, sums, kept = known.forward(arrays, True)
         ctx.save_for_backward(*arrays)
         ctx.rest = known.plan, sums, kept
         return loss

@@ -629,7 +629,8 @@ def _plan(arrays: Arrays, options: Options, ignore_index: int | None, reduction:
         raise ValueError("activation 'softmax' over one channel is constant; use activation='sigmoid'")
     pixels = (shape[0], *shape[2:])
     with_channel = (shape[0], 1, *shape[2:])
-    given, axes, labels = tuple(target.shape), [None, None, None], space.dtype(target) in _arrays.LABELS
+    given, labels = tuple(target.shape), space.dtype(target) in _arrays.LABELS
+    axes: list[Any] = [None, None, None]
     rank = len(given)
     if given == with_channel and (channels > 1 or labels):
         axes[0], given, rank = _WITHOUT, pixels, rank - 1
