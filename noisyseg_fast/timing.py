@@ -83,7 +83,8 @@ class Case:
 
     oracle: gives the right answer, or names the contender whose answer is right. tolerance: the relative
     error allowed. moved: the bytes that must be read and written at least. work: how many exponentials, square roots
-    and divisions must be made at least. autograd: whether a call is a forward and a backward. device: "cpu" or "cuda".
+    and divisions must be made at least. autograd: whether a call is a forward and a backward. fresh: bytes of the result
+    in memory that is new to the process at each call. device: "cpu" or "cuda".
     headline: one of the few cases to draw. baseline: a contender that ours is more than, whose time ours is given in.
     """
 
@@ -99,6 +100,7 @@ class Case:
     baseline: str | None = None
     work: Mapping[str, float] = field(default_factory=dict)
     autograd: bool = False
+    fresh: int = 0
 
 
 @dataclass
@@ -123,7 +125,7 @@ class Measurement:
     timings: dict[str, Timing] = field(default_factory=dict)  # in the order of the contenders, the copy last
     took: float = 0.0  # seconds of the whole measurement: imports, compilations, checks and runs
     floor_s: float | None = None  # no implementation on this machine can be quicker
-    floor_kind: str = ""  # what says so: "copy", "arithmetic" or "autograd"
+    floor_kind: str = ""  # what says so: "copy", "copy, new pages", "arithmetic" or "autograd"
 
     def speedup(self, name: str) -> float | None:
         """How many times faster ours is than `name`."""
@@ -185,10 +187,36 @@ def autograd_floor(device: str) -> float:
     return min(_elapsed(call, 50, device) / 50 for _ in range(20))
 
 
+MAPPED = 1 << 25  # malloc hands memory of this size back to the system, and new pages come at each call
+
+
+@cache
+def new_pages() -> float:
+    """Seconds a byte that writing to new memory takes longer than writing to it again: the system clears each page.
+    With huge pages, as our results ask for; the best of several runs on 128 MB."""
+    import torch
+
+    from . import _arrays
+
+    like = torch.empty(1 << 25)
+    space, best = _arrays.of(x=like), math.inf
+    for _ in range(5):
+        begin = time.perf_counter()
+        x = space.empty_like(like).fill_(1.0)
+        middle = time.perf_counter()
+        x.fill_(2.0)
+        best = min(best, 2 * middle - begin - time.perf_counter())
+        del x
+    return max(best, 0.0) / like.nbytes
+
+
 def _floor(measured: Measurement) -> None:
-    """The longest of: a copy of the bytes, the arithmetic at the units' rates, PyTorch's own cost of the call."""
+    """The longest of: a copy of the bytes, into new memory where the result is large, the arithmetic at the units'
+    rates, PyTorch's own cost of the call."""
     case, copy = measured.case, measured.timings[COPY].p50
     floors = {"copy": copy} if copy else {}
+    if copy and case.device == "cpu" and case.fresh >= MAPPED:
+        floors["copy, new pages"] = copy + case.fresh * new_pages()
     if case.work:
         rates = unit_rates(case.device)
         floors["arithmetic"] = sum(n / rates[name] for name, n in case.work.items())
@@ -526,6 +554,7 @@ def nr_dice_case(
         tolerance=1e-5,
         moved=12 * logits.numel() + 2 * target.numel(),  # logits twice and their gradient; labels twice
         work=dict.fromkeys(("exp", "div", "sqrt"), 2 * logits.numel()),  # in both passes
+        fresh=logits.nbytes,
         autograd=True,
         device=device,
         headline=headline,
@@ -569,6 +598,7 @@ def weighted_ce_case(
         moved=8 * logits.numel() + 5 * target.numel(),  # logits, labels and weights once, the gradient
         # an exponential fewer than classes, and a logarithm, which costs no less
         work={"exp": logits.numel(), "div": target.numel()},
+        fresh=logits.nbytes,
         autograd=True,
         device=device,
         headline=headline,
@@ -779,6 +809,7 @@ def _distance_case(
         oracle="edt" if by_edt else "scipy",
         tolerance=1e-6,
         moved=5 * mask.size,  # a byte read, a float written
+        fresh=4 * mask.size,
         device=device,
         headline=headline,
     )

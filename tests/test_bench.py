@@ -241,9 +241,12 @@ def test_compare_as_a_command():
 def test_a_floor_is_the_longest_of_copy_arithmetic_and_autograd(monkeypatch):
     monkeypatch.setattr(timing, "unit_rates", lambda device: {"exp": 1e3, "div": 1e3})
     monkeypatch.setattr(timing, "autograd_floor", lambda device: 0.5)
+    monkeypatch.setattr(timing, "new_pages", lambda: 1e-9)
     case = small()
     for changed, kind in (
         (case, "copy"),
+        (replace(case, fresh=timing.MAPPED - 1), "copy"),
+        (replace(case, fresh=timing.MAPPED), "copy, new pages"),
         (replace(case, autograd=True), "autograd"),
         (replace(case, autograd=True, work={"exp": 1000, "div": 1000}), "arithmetic"),
     ):
@@ -257,6 +260,7 @@ def test_the_rates_that_floors_come_from_are_measured():
     rates = timing.unit_rates("cpu")
     assert set(rates) == {"exp", "sqrt", "div"} and all(1e6 < rate < 1e13 for rate in rates.values())
     assert 1e-7 < timing.autograd_floor("cpu") < 0.1
+    assert 0 <= timing.new_pages() < 1e-6
 
 
 def test_a_contender_that_is_too_slow_is_skipped_by_name_and_stays_so():
