@@ -241,8 +241,8 @@ def floors(runs: dict[str, dict[str, Any]]) -> str:
     return "\n".join(_floor_rows(list(largest.values())))
 
 
-# DESIGN section 8, on a CPU with 2 cores: operation, inputs (none: the headline ones), peer (none: the quickest of those
-# that are exact), how many times faster ours is to be.
+# DESIGN section 8, on a CPU with 2 cores: operation, inputs (none: the headline ones), peer (none: the quickest), how
+# many times faster ours is to be.
 LARGE = ("32x1x256x256", "4x1x112x112x80", "30x2x512x512", "1x1x512x512x300")
 TARGETS: list[tuple[str, tuple[str, ...], str | None, float]] = [
     ("NR-Dice, forward + backward", LARGE, "eager", 10),

@@ -83,8 +83,8 @@ class Case:
 
     oracle: gives the right answer, or names the contender whose answer is right. tolerance: the relative
     error allowed. moved: the bytes that must be read and written at least. work: how many exponentials, square roots
-    and divisions must be made at least. autograd: whether a call is a forward and a backward. fresh: bytes of the result
-    in memory that is new to the process at each call. device: "cpu" or "cuda".
+    and divisions must be made at least. autograd: whether a call is a forward and a backward. fresh: bytes of the
+    result in memory that is new to the process at each call. device: "cpu" or "cuda".
     headline: one of the few cases to draw. baseline: a contender that ours is more than, whose time ours is given in.
     """
 
