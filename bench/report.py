@@ -1,7 +1,7 @@
 """What the benchmarks say: the machine, tables, JSON and the plot.
 
-A machine's folder holds one JSON for each family, as its last run left it; results.md, speedups.png and the README's
-table are made from those, so that no figure is typed by hand.
+A machine's folder holds one JSON for each family, as its last run left it; results.md, speedups.png, the README's
+table and those of docs/performance.md are made from those, so that no figure is typed by hand.
 """
 
 from __future__ import annotations
@@ -146,6 +146,9 @@ def _record(measured: Measurement) -> dict[str, Any]:
         "baseline": case.baseline,
         "bytes_moved": case.moved,
         "fraction_of_copy_bandwidth": measured.of_copy(),
+        "floor_s": measured.floor_s,
+        "floor_kind": measured.floor_kind,
+        "took": measured.took,
         "contenders": {
             name: asdict(t) | {"ours_is_faster": measured.speedup(name)}
             for name, t in measured.timings.items()
@@ -203,16 +206,189 @@ def headlines(runs: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def floor_of(case: dict[str, Any]) -> tuple[float, str] | None:
+    """(seconds, what says so); results from before floors were kept have that of the copy."""
+    if case.get("floor_s"):
+        return case["floor_s"], case["floor_kind"]
+    copy = case["contenders"].get(COPY, {}).get("p50")
+    return (copy, COPY) if copy else None
+
+
+def _floor_rows(cases: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        _line(["operation", "input", "floor", "by", "measured", "ratio"]),
+        _line(["---"] * 2 + ["---:"] * 4),
+    ]
+    for case in cases:
+        floor, measured = floor_of(case), case["contenders"][OURS]["p50"]
+        if floor and measured:
+            cells = [case["operation"], case["input"], duration(floor[0]), floor[1]]
+            lines.append(_line([*cells, duration(measured), f"{measured / floor[0]:.1f}"]))
+    return lines
+
+
+def floors(runs: dict[str, dict[str, Any]]) -> str:
+    """Each operation's largest input: the floor, what was measured and their ratio."""
+    largest: dict[str, dict[str, Any]] = {}
+    for name, run in runs.items():
+        for case in run["cases"]:
+            whole = name in ("meta", "methods", "steps", "validation") or "U-Net" in case["operation"]
+            if whole or name == "sweeps":
+                continue  # nothing says what is the least for a network's step
+            found = largest.setdefault(case["operation"], case)
+            if case["bytes_moved"] > found["bytes_moved"]:
+                largest[case["operation"]] = case
+    return "\n".join(_floor_rows(list(largest.values())))
+
+
+# DESIGN section 8, on a CPU with 2 cores: operation, inputs (none: the headline ones), peer (none: the quickest), how
+# many times faster ours is to be.
+LARGE = ("32x1x256x256", "4x1x112x112x80", "30x2x512x512", "1x1x512x512x300")
+TARGETS: list[tuple[str, tuple[str, ...], str | None, float]] = [
+    ("NR-Dice, forward + backward", LARGE, "eager", 10),
+    ("NR-Dice, forward + backward", LARGE, "torch.compile", 4),
+    ("NR-Dice, forward + backward", ("128x1x64x64",), "eager", 6),
+    ("NR-Dice, forward + backward", ("128x1x64x64",), "torch.compile", 3),
+    ("NR-Dice, forward + backward", ("8x1x64x64", "1x1x1024", "1x1x4096"), "eager", 1),
+    ("weighted CE, forward + backward", (), "eager", 5),
+    ("weighted CE, forward + backward", (), "torch.compile", 2),
+    ("UMA-Net loss, M = 4, forward + backward", (), "eager", 10),
+    ("dual-task loss, forward + backward", (), "eager", 10),
+    ("distance transform", (), None, 4),
+    ("signed distance map, two_sided", (), None, 6),
+    ("surface metrics", (), "MONAI, HD95 only", 4),
+    ("surface metrics", (), "edt, cropped", 4),
+    ("STAPLE", (), "SimpleITK", 20),
+    ("MCPM iteration, 2D U-Net 32..256", (), "unroll", 1 / 0.6),
+    ("MCPM iteration, 3D U-Net 8..64", (), "unroll", 1 / 0.6),
+]
+
+
+def targets(runs: dict[str, dict[str, Any]]) -> str:
+    """What the design asks for and what was measured."""
+    lines = [_line(["operation", "input", "against", "asked for", "measured", ""])]
+    lines.append(_line(["---", "---", "---", "---:", "---:", "---"]))
+    cases = [c for run in runs.values() for c in run["cases"]]
+    for operation, inputs, peer, factor in TARGETS:
+        for case in cases:
+            if case["operation"] != operation or not (
+                case["input"] in inputs if inputs else case["headline"]
+            ):
+                continue
+            contenders = case["contenders"]
+            names = [n for n in contenders if not _own(n) and n not in (COPY, "eager", "torch.compile")]
+            names = [n for n in ([peer] if peer else names) if contenders.get(n, {}).get("p50")]
+            if not names:
+                lines.append(
+                    _line(
+                        [operation, case["input"], peer or "exact peers", f"{factor:.3g}x", "not timed", ""]
+                    )
+                )
+                continue
+            best = min(names, key=lambda n: contenders[n]["p50"])
+            faster = contenders[best]["ours_is_faster"]
+            met = "" if faster >= factor else "missed"
+            lines.append(_line([operation, case["input"], best, f"{factor:.3g}x", f"{faster:.3g}x", met]))
+    return "\n".join(lines)
+
+
+SMALL = 4096 * 18  # bytes that a loss over 4,096 pixels moves, about
+
+
+def small_calls(runs: dict[str, dict[str, Any]]) -> str:
+    """The losses on a few thousand pixels, where PyTorch's own calls are most of the time."""
+    among = [c for name in ("losses", "sweeps") for c in runs.get(name, {}).get("cases", ())]
+    found = [c for c in among if c["bytes_moved"] <= SMALL and "forward + backward" in c["operation"]]
+    names = [OURS, "eager", "torch.compile"]
+    lines = [_line(["operation", "input", "floor", *names]), _line(["---"] * 2 + ["---:"] * 4)]
+    for case in found:
+        floor, timed = floor_of(case), case["contenders"]
+        cells = [_entry(case, n) if n in timed else "" for n in names]
+        lines.append(_line([case["operation"], case["input"], duration(floor[0]) if floor else "", *cells]))
+    return "\n".join(lines)
+
+
+def instructions(root: Path) -> str:
+    """What bench/instructions.py counted."""
+    rows = json.loads((root / "bench" / "results" / "instructions.json").read_text(encoding="utf-8"))
+    names = [
+        "operation",
+        "instructions",
+        "for each",
+        "256 bits",
+        "128 bits",
+        "scalar float",
+        "the rest",
+        "divisions, roots",
+    ]
+    lines = [_line(names), _line(["---"] + ["---:"] * (len(names) - 1))]
+    for row in rows:
+        mix = row["mix"]
+        wide = [mix.get(k, 0.0) for k in ("256 bits", "128 bits", "scalar float")]
+        cells = [row["operation"], f"{row['instructions_per_element']:.1f}", row["element"]]
+        cells += [
+            *(f"{x:.0%}" for x in (*wide, 1 - sum(wide))),
+            f"{row['divisions_and_roots_per_element']:.2f}",
+        ]
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def prediction_table(rows: list[dict[str, Any]]) -> str:
+    """Of bench/gpu/predict.py: with what was measured and the ratio, where there is a run."""
+    names = ["operation", "input", "launches", "occupancy", "moved", "device", "call", "bound by"]
+    measured = any("measured_s" in row for row in rows)
+    names += ["measured", "of predicted"] if measured else []
+    lines = [_line(names), _line(["---"] * 2 + ["---:"] * (len(names) - 2))]
+    for row in rows:
+        cells = [row["operation"], row["input"], str(row["launches"]), f"{row['occupancy']:.0%}"]
+        cells += [
+            _size(row["megabytes"] * 1e6),
+            duration(row["device_s"]),
+            duration(row["call_s"]),
+            row["bound"],
+        ]
+        if measured:
+            cells += [duration(row["measured_s"]), f"{row['ratio']:.2f}"]
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def predictions(root: Path) -> str:
+    """The predictions on file; compared, where bench/results holds a GPU's run."""
+    from bench.gpu import predict
+
+    rows = json.loads(predict.PREDICTIONS.read_text(encoding="utf-8"))
+    for folder in sorted((root / "bench" / "results").glob("nvidia-*")):
+        compared = predict.compare(rows, read(folder))
+        if compared:
+            return prediction_table(compared)
+    return prediction_table(rows)
+
+
 BEGIN, END = "<!-- made by python -m bench.report -->", "<!-- end -->"
+
+
+def put(page: Path, tables: list[str]) -> None:
+    """The tables between the page's marks, one after another."""
+    first, *parts = page.read_text(encoding="utf-8").split(BEGIN)
+    if len(parts) != len(tables):
+        raise ValueError(f"{page} has {len(parts)} places for {len(tables)} tables")
+    text = first
+    for table, part in zip(tables, parts, strict=True):
+        text += f"{BEGIN}\n{table}\n{END}" + part.split(END, 1)[1]
+    page.write_text(text, encoding="utf-8")
 
 
 def update_readme(readme: Path, folder: Path) -> None:
     """Put the headline table of that machine's results between the README's two marks."""
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END, 1)[1]
-    table = headlines(read(folder))
-    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    put(readme, [headlines(read(folder))])
+
+
+def performance_tables(root: Path, folder: Path) -> list[str]:
+    """Those of docs/performance.md."""
+    runs = read(folder)
+    return [targets(runs), small_calls(runs), floors(runs), instructions(root), predictions(root)]
 
 
 def _own(name: str) -> bool:
@@ -286,4 +462,6 @@ def plot(path: Path, runs: dict[str, dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     root = Path(__file__).parents[1]
-    update_readme(root / "README.md", root / "bench" / "results" / slug(machine("cpu")["processor"]))
+    results = root / "bench" / "results" / slug(machine("cpu")["processor"])
+    update_readme(root / "README.md", results)
+    put(root / "docs" / "performance.md", performance_tables(root, results))

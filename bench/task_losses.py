@@ -127,6 +127,8 @@ def uncertainty_case(
         oracle=in_double(lambda z, y, u: reference.uncertainty_weighted_loss(z, y, u)[0], logits, y, sigma),
         tolerance=1e-5,
         moved=logits.numel() * (12 + 14 * RATERS),  # all inputs twice, two gradients once
+        work={"exp": 2 * logits.numel(), "div": 2 * logits.numel()},
+        autograd=True,
         device=device,
         headline=headline,
     )
@@ -160,6 +162,8 @@ def dual_task_case(
         oracle=in_double(of(reference.dual_task_loss), logits, sdf, target),
         tolerance=1e-5,
         moved=26 * logits.numel(),  # both maps and the labels twice, two gradients once
+        work={"exp": 4 * logits.numel(), "div": 4 * logits.numel()},  # a sigmoid of each map, in both passes
+        autograd=True,
         device=device,
         headline=headline,
     )

@@ -8,35 +8,121 @@ derivatives raise, as do forward mode and second derivatives of a compiled loss.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-from . import _arrays, losses
+from . import _arrays, _core, losses
 from .losses import Arrays, Options
 
 Tensor = torch.Tensor
 Maybe = Tensor | None
 
 
-def loss(arrays: Arrays, options: Options, reduction: int) -> Tensor:
+_transforms_active = torch._C._are_functorch_transforms_active
+
+
+compiling = torch.compiler.is_compiling
+
+
+def signature(arrays: Arrays, options: Options, ignore_index: Any, reduction: Any) -> Any:
+    """What the checks of a call depend on, as the key of a dict; None where the call must be checked in full."""
+    if compiling() or _transforms_active() or forward_ad._current_level >= 0:
+        return None
     logits, target, weight, mask, class_weight = arrays
+    try:
+        if not logits.is_cpu or logits.is_neg() or target.is_neg():
+            return None
+        key = [options, ignore_index, reduction, logits.shape, logits.dtype, logits.stride()]
+        key += [target.shape, target.dtype, target.device, target.stride()]
+        for x in (weight, mask):
+            if x is None:
+                key.append(None)
+            elif x.is_neg():
+                return None
+            else:
+                key += [x.shape, x.dtype, x.device, x.stride()]
+        if isinstance(class_weight, (list, tuple)):
+            key.append(tuple(float(w) for w in class_weight))
+        elif class_weight is not None:
+            key += [class_weight.shape, class_weight.dtype, class_weight.device, class_weight.stride()]
+        found = tuple(key)
+        hash(found)
+    except (
+        AttributeError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):  # not tensors, not dense ones, a list as an option
+        return None
+    return found
+
+
+class Known:
+    """A call on CPU tensors that was checked once: another with the same signature needs its addresses alone."""
+
+    def __init__(self, plan: losses.Plan, arrays: Arrays) -> None:
+        space, logits = plan.space, arrays[0]
+        self.plan = plan
+        self.keeps = plan.reduction < 2 and not plan.options.region and logits.dtype == torch.float32
+        self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        self.shape = losses.loss_shape(logits.shape, plan.options, plan.reduction)
+        views = [None if x is None else space.view(x) for x in arrays]
+        loss = space.view(torch.empty(self.shape, dtype=self.dtype))
+        grad = space.view(torch.empty_like(logits)) if self.keeps else None
+        self.core = _core.LossCall(views, plan.options, plan.reduction, loss, grad)
+
+    def __call__(self, arrays: Arrays) -> Tensor:
+        arrays = self.plan.arrays(arrays)
+        if torch.is_grad_enabled():
+            _refuse_gradients(arrays)
+            if arrays[0].requires_grad:
+                result: Tensor = _Eager.run(self, *arrays)
+                return result
+        return self.forward(arrays, False)[0]
+
+    def forward(self, arrays: Arrays, keep: bool) -> tuple[Tensor, bytearray, Any]:
+        """(loss, sums, gradient or None)"""
+        loss = torch.empty(self.shape, dtype=self.dtype)
+        grad = self.plan.space.empty_like(arrays[0]) if keep and self.keeps else None
+        in_range, kept, sums = self.core.forward(
+            [0 if x is None else x.data_ptr() for x in arrays],
+            loss.data_ptr(),
+            0 if grad is None else grad.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if not in_range:
+            raise losses.bad_label(arrays[0].shape[1])
+        return loss, sums, grad if kept else None
+
+
+def loss(arrays: Arrays, options: Options, reduction: int) -> Tensor:
     needed = torch.is_grad_enabled()
-    for name, x in {"target": target, "weight": weight, "mask": mask, "class_weight": class_weight}.items():
-        if needed and x is not None and x.requires_grad:
-            raise ValueError(f"{name} requires a gradient, but only logits receive one; pass {name}.detach()")
+    if needed:
+        _refuse_gradients(arrays)
     if torch.compiler.is_compiling():
         refuse_transforms()
         compiled: Tensor = _op(*arrays, [float(x) for x in options], reduction)[0]
         return compiled
+    logits = arrays[0]
     keep = needed and logits.requires_grad
-    if not keep and not _transforms_active() and forward_ad._current_level < 0:
-        value: Tensor = losses.forward(_arrays.of_torch(logits), arrays, options, reduction)[0]
-        return value
-    eager: Tensor = _Loss.call(*arrays, options, reduction, keep)[0]
-    return eager
+    result: Tensor
+    if keep or _transforms_active() or forward_ad._current_level >= 0:
+        result = _Loss.call(*arrays, options, reduction, keep)[0]
+    else:
+        result = losses.forward(_arrays.of_torch(logits), arrays, options, reduction)[0]
+    return result
+
+
+def _refuse_gradients(arrays: Arrays) -> None:
+    for i in range(1, 5):
+        x = arrays[i]
+        if x is not None and x.requires_grad:
+            name = ("target", "weight", "mask", "class_weight")[i - 1]
+            raise ValueError(f"{name} requires a gradient, but only logits receive one; pass {name}.detach()")
 
 
 def refuse_transforms() -> None:
@@ -51,9 +137,6 @@ def refuse_transforms() -> None:
 
 
 # ---- eager ----------------------------------------------------------------------------------------
-
-
-_transforms_active = torch._C._are_functorch_transforms_active
 
 
 class _Function(torch.autograd.Function):
@@ -95,6 +178,38 @@ def _by_slices(function: Callable[..., Any]) -> Any:
         return stacked, tuple(None if c is None else 0 for c in stacked)
 
     return staticmethod(vmap)
+
+
+class _Eager(torch.autograd.Function):
+    """`Known` where neither torch.func nor forward mode is active: what most training steps need.
+
+    Second derivatives go on from `_Grad`.
+    """
+
+    run: Any  # apply, without the layer of Python that looks for torch.func
+
+    @staticmethod
+    def forward(ctx: Any, known: Known, *arrays: Any) -> Any:
+        loss, sums, kept = known.forward(arrays, True)
+        ctx.save_for_backward(*arrays)
+        ctx.rest = known.plan, sums, kept
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Any) -> Any:
+        arrays = ctx.saved_tensors
+        plan, sums, kept = ctx.rest
+        if torch.is_grad_enabled() or _transforms_active() or forward_ad._current_level >= 0:
+            grad = _Grad.call(grad_loss, None, *arrays, plan.options, plan.reduction)
+        elif kept is not None:  # good for one gradient: it becomes that
+            ctx.rest = plan, sums, None
+            grad = kept if grad_loss.item() == 1 else kept.mul_(grad_loss)
+        else:
+            grad = losses.backward(plan.space, arrays, plan.options, plan.reduction, grad_loss, sums)
+        return None, grad, None, None, None, None
+
+
+_Eager.run = super(torch.autograd.Function, _Eager).apply
 
 
 class _Loss(_Function):
@@ -310,3 +425,5 @@ def _vjp(ctx: Any, grad_loss: Any, _: Any) -> Any:
 
 
 _op.register_autograd(_vjp, setup_context=_context)
+
+losses.eager = sys.modules[__name__]

@@ -25,8 +25,8 @@ labels out of range (on CUDA, where looking would mean waiting for the device, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from . import _arrays, _core
 from ._module import LossModule
@@ -104,8 +104,8 @@ def nr_dice_loss(
     if not 1 <= gamma <= 2:
         raise ValueError(f"gamma must lie in [1, 2], got {gamma}")
     options = _region_options(
-        "nr_dice", activation, denominator, per_image, include_background, label_smoothing, eps
-    )._replace(gamma=float(gamma))
+        "nr_dice", activation, denominator, per_image, include_background, label_smoothing, eps, gamma
+    )
     return _loss((logits, target, weight, mask, None), options, ignore_index, reduction, return_grad)
 
 
@@ -161,8 +161,16 @@ def focal_dice_loss(
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta must be positive, got {beta}")
     options = _region_options(
-        "focal_dice", activation, denominator, per_image, include_background, label_smoothing, eps
-    )._replace(dice_power=1.0 / beta)
+        "focal_dice",
+        activation,
+        denominator,
+        per_image,
+        include_background,
+        label_smoothing,
+        eps,
+        1.5,
+        1.0 / beta,
+    )
     return _loss((logits, target, weight, mask, None), options, ignore_index, reduction, return_grad)
 
 
@@ -192,8 +200,17 @@ def generalized_dice_loss(
     gradient flows through v, since it depends on the target alone. The rest as in `nr_dice_loss`.
     """
     options = _region_options(
-        "generalized_dice", activation, denominator, per_image, include_background, label_smoothing, eps
-    )._replace(volume_power=_index("class_weighting", class_weighting, CLASS_WEIGHTS))
+        "generalized_dice",
+        activation,
+        denominator,
+        per_image,
+        include_background,
+        label_smoothing,
+        eps,
+        1.5,
+        1.0,
+        _index("class_weighting", class_weighting, CLASS_WEIGHTS),
+    )
     return _loss((logits, target, weight, mask, None), options, ignore_index, reduction, return_grad)
 
 
@@ -237,11 +254,7 @@ def pixel_loss(
     """
     if kind == "boundary":
         raise ValueError("kind 'boundary' is boundary_loss(logits, distance_map)")
-    options = Options(
-        _index("activation", activation, ACTIVATIONS),
-        **_pixel_options(kind, q, focal_gamma),
-        label_smoothing=_fraction("label_smoothing", label_smoothing),
-    )
+    options = _only_pixel_options(kind, activation, q, focal_gamma, label_smoothing)
     return _loss((logits, target, weight, mask, class_weight), options, ignore_index, reduction, return_grad)
 
 
@@ -270,7 +283,7 @@ def dice_ce_loss(
     include_background=False concern one part alone: CE and Dice. reduction: "mean", "sum" or "image".
     """
     return _dice_and(
-        _pixel_options("ce", 1, 0),
+        "ce",
         (dice_weight, ce_weight),
         ("dice_weight", "ce_weight"),
         _region_options("dice", activation, denominator, per_image, include_background, label_smoothing, eps),
@@ -302,7 +315,7 @@ def dice_mae_loss(
 ) -> Any:
     """dice_weight * `dice_loss` + mae_weight * `pixel_loss(kind="mae")` from one reading; see `dice_ce_loss`."""
     return _dice_and(
-        _pixel_options("mae", 1, 0),
+        "mae",
         (dice_weight, mae_weight),
         ("dice_weight", "mae_weight"),
         _region_options("dice", activation, denominator, per_image, include_background, label_smoothing, eps),
@@ -437,6 +450,37 @@ class ConsistencyLoss(LossModule):
 
 # ---- options --------------------------------------------------------------------------------------
 
+eager: Any = (
+    None  # the module _autograd once torch is in use: importing it at each call costs as much as a check
+)
+_known: dict[Any, Any] = {}  # the calls that were checked before, by their signature
+_MOST_KNOWN = 1024  # a caller with more at work pays for the checks again
+_PLAIN = frozenset((bool, float, int, str, Options))  # an option may also be an array, whose value can change
+_Made = TypeVar("_Made")
+
+
+def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(known) >= _MOST_KNOWN:
+        known.clear()
+    known[key] = value
+
+
+def _looked_up(make: Callable[..., _Made]) -> Callable[..., _Made]:
+    """make(*values), which costs several times as much as finding what it gave before."""
+    known: dict[Any, _Made] = {}
+
+    def look_up(*values: Any) -> _Made:
+        # a compiler would follow the dict's contents
+        if eager is None or eager.compiling() or not _PLAIN.issuperset(map(type, values)):
+            return make(*values)
+        made = known.get(values)
+        if made is None:
+            made = make(*values)
+            _remember(known, values, made)
+        return made
+
+    return look_up
+
 
 def _index(name: str, value: str, allowed: Sequence[str]) -> int:
     try:
@@ -451,6 +495,7 @@ def _fraction(name: str, value: float) -> float:
     return float(value)
 
 
+@_looked_up
 def _region_options(
     kind: str,
     activation: str,
@@ -459,16 +504,33 @@ def _region_options(
     include_background: bool,
     label_smoothing: float,
     eps: float,
+    gamma: float = 1.5,
+    dice_power: float = 1.0,
+    volume_power: int = 2,
 ) -> Options:
     if not 0 <= eps < float("inf"):
         raise ValueError(f"eps must not be negative, got {eps}")
     return Options(
         _index("activation", activation, ACTIVATIONS),
         region=REGION_KINDS.index(kind),
+        gamma=float(gamma),
+        dice_power=float(dice_power),
+        volume_power=volume_power,
         squared=bool(_index("denominator", denominator, DENOMINATORS)),
         per_image=bool(per_image),
         include_background=bool(include_background),
         eps=float(eps),
+        label_smoothing=_fraction("label_smoothing", label_smoothing),
+    )
+
+
+@_looked_up
+def _only_pixel_options(
+    kind: str, activation: str, q: float, focal_gamma: float, label_smoothing: float
+) -> Options:
+    return Options(
+        _index("activation", activation, ACTIVATIONS),
+        **_pixel_options(kind, q, focal_gamma),
         label_smoothing=_fraction("label_smoothing", label_smoothing),
     )
 
@@ -485,7 +547,7 @@ def _pixel_options(kind: str, q: float, focal_gamma: float) -> dict[str, Any]:
 
 
 def _dice_and(
-    pixel: dict[str, Any],
+    pixel: str,
     scales: tuple[float, float],
     names: tuple[str, str],
     options: Options,
@@ -499,17 +561,58 @@ def _dice_and(
             raise ValueError(f"{name} must be finite, got {scale}")
     if reduction == "none":
         raise ValueError("reduction 'none' has no meaning for a sum of two losses; use mean, sum or image")
-    options = options._replace(region_scale=float(scales[0]), pixel_scale=float(scales[1]), **pixel)
+    options = _with_pixel(options, pixel, *scales)
     return _loss(arrays, options, ignore_index, reduction, return_grad)
+
+
+@_looked_up
+def _with_pixel(options: Options, kind: str, region_scale: float, pixel_scale: float) -> Options:
+    return options._replace(
+        region_scale=float(region_scale), pixel_scale=float(pixel_scale), **_pixel_options(kind, 1, 0)
+    )
 
 
 # ---- checks ---------------------------------------------------------------------------------------
 
 
-def _check(
-    space: _arrays.Namespace, logits: Any, target: Any, weight: Any, mask: Any, options: Options
-) -> tuple[Any, Any, Any]:
-    """Checks what the kernels rely on; target, weight and mask come back as (B, *S) or (B, C, *S) views."""
+class Plan(NamedTuple):
+    """What the checks found, the same for all calls whose arguments have the same shapes, dtypes and options."""
+
+    space: _arrays.Namespace
+    options: Options
+    reduction: int
+    axes: tuple[
+        Any, Any, Any
+    ]  # index that takes target, weight, mask to (B, *S) or (B, C, *S); None: as it is
+    class_weight: Any  # the array made of a sequence
+
+    def arrays(self, arrays: Arrays) -> Arrays:
+        """As the kernels take them."""
+        logits, target, weight, mask, class_weight = arrays
+        axes = self.axes
+        if axes[0] is not None:
+            target = target[axes[0]]
+        if axes[1] is not None:
+            weight = weight[axes[1]]
+        if axes[2] is not None:
+            mask = mask[axes[2]]
+        return logits, target, weight, mask, class_weight if self.class_weight is None else self.class_weight
+
+
+_WITHOUT, _WITH = (slice(None), 0), (slice(None), None)  # the channel axis
+
+
+def _plan(arrays: Arrays, options: Options, ignore_index: int | None, reduction: str) -> Plan:
+    """Checks what the kernels rely on."""
+    red = _index("reduction", reduction, REDUCTIONS)
+    if red == 3 and options.region and not options.per_image:
+        raise ValueError("reduction 'image' needs per_image=True")
+    if ignore_index is not None:
+        if int(ignore_index) != ignore_index or abs(ignore_index) > 2**53:
+            raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")
+        options = options._replace(has_ignore=True, ignore=int(ignore_index))
+    logits, target, weight, mask, class_weight = arrays
+    space = _arrays.of(logits=logits, target=target, weight=weight, mask=mask)
     for name, x in (("logits", logits), ("target", target)):
         if x is None:
             raise TypeError(f"{name} must be an array, not None")
@@ -526,38 +629,39 @@ def _check(
         raise ValueError("activation 'softmax' over one channel is constant; use activation='sigmoid'")
     pixels = (shape[0], *shape[2:])
     with_channel = (shape[0], 1, *shape[2:])
-    given = tuple(target.shape)
-    if given == with_channel and (channels > 1 or space.dtype(target) in _arrays.LABELS):
-        target, given = target[:, 0], pixels
+    given, labels = tuple(target.shape), space.dtype(target) in _arrays.LABELS
+    axes: list[Any] = [None, None, None]
+    rank = len(given)
+    if given == with_channel and (channels > 1 or labels):
+        axes[0], given, rank = _WITHOUT, pixels, rank - 1
     if given == pixels and not (channels == 1 and given == shape):
-        if space.dtype(target) not in _arrays.LABELS:
+        if not labels:
             if channels > 1:
                 raise TypeError(
                     f"target has dtype {space.dtype(target)} for class numbers of shape {given}; "
                     f"use one of {', '.join(_arrays.LABELS)}, or soft labels of shape {shape}"
                 )
-            target = target[:, None]
+            axes[0], rank = _WITH, rank + 1
     elif given != shape:
         raise ValueError(
             f"target has shape {given}; for logits of shape {shape} it must be {pixels} (class numbers) or {shape}"
         )
-    if options.has_ignore and len(target.shape) == len(shape):
+    if options.has_ignore and rank == len(shape):
         raise ValueError(
             f"ignore_index is a label, but target has shape {given}, one map for each class; use mask"
         )
-    checked = []
-    for name, x in (("weight", weight), ("mask", mask)):
+    for i, (name, x) in enumerate((("weight", weight), ("mask", mask)), start=1):
         if x is not None:
             if tuple(x.shape) == with_channel:
-                x = x[:, 0]
-            if tuple(x.shape) != pixels:
+                axes[i] = _WITHOUT
+            elif tuple(x.shape) != pixels:
                 raise ValueError(
                     f"{name} has shape {tuple(x.shape)}; for logits of shape {shape} it must be {pixels}"
                 )
             if name == "weight":
                 _arrays.check_dtype(name, space.dtype(x), _arrays.FLOATS)
-        checked.append(x)
-    return target, checked[0], checked[1]
+    made = None if class_weight is None else _class_weight(space, logits, class_weight)
+    return Plan(space, options, red, (axes[0], axes[1], axes[2]), None if made is class_weight else made)
 
 
 def _class_weight(space: _arrays.Namespace, logits: Any, class_weight: Any) -> Any:
@@ -589,27 +693,24 @@ def _loss(
     reduction: str,
     return_grad: bool,
 ) -> Any:
-    red = _index("reduction", reduction, REDUCTIONS)
-    if red == 3 and options.region and not options.per_image:
-        raise ValueError("reduction 'image' needs per_image=True")
-    if ignore_index is not None:
-        if int(ignore_index) != ignore_index or abs(ignore_index) > 2**53:
-            raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")
-        options = options._replace(has_ignore=True, ignore=int(ignore_index))
-    logits, target, weight, mask, class_weight = arrays
-    space = _arrays.of(logits=logits, target=target, weight=weight, mask=mask)
-    target, weight, mask = _check(space, logits, target, weight, mask, options)
-    if class_weight is not None:
-        class_weight = _class_weight(space, logits, class_weight)
-    arrays = (logits, target, weight, mask, class_weight)
+    key = None
+    if eager is not None and not return_grad:
+        key = eager.signature(arrays, options, ignore_index, reduction)
+        known = None if key is None else _known.get(key)
+        if known is not None:
+            return known(arrays)
+    plan = _plan(arrays, options, ignore_index, reduction)
+    space, given = plan.space, plan.arrays(arrays)
     if return_grad:
-        loss, grad = value_and_grad(space, arrays, options, red)
+        loss, grad = value_and_grad(space, given, plan.options, plan.reduction)
         return space.back(loss), space.back(grad)
     if space.name == "torch":
         from . import _autograd
 
-        return _autograd.loss(arrays, options, red)
-    return space.back(forward(space, arrays, options, red)[0])
+        if key is not None:
+            _remember(_known, key, _autograd.Known(plan, given))
+        return _autograd.loss(given, plan.options, plan.reduction)
+    return space.back(forward(space, given, plan.options, plan.reduction)[0])
 
 
 def _view(space: _arrays.Namespace, x: Any) -> _arrays.View | None:
@@ -674,9 +775,14 @@ def forward(
     )
     del memory
     if not in_range:
-        top = max(int(shape[1]) - 1, 1)
-        raise ValueError(f"target holds a label outside 0..{top}, the classes that logits have channels for")
+        raise bad_label(shape[1])
     return loss, sums, kept
+
+
+def bad_label(channels: int) -> ValueError:
+    return ValueError(
+        f"target holds a label outside 0..{max(channels - 1, 1)}, the classes that logits have channels for"
+    )
 
 
 def backward(
@@ -689,7 +795,7 @@ def backward(
     grad: Any = None,
     kept: bool = False,
 ) -> Any:
-    """The gradient, like logits, into grad if given. kept: the forward call has filled grad."""
+    """The gradient, like logits, into grad if given. kept: the forward call has filled grad. sums: or a bytearray."""
     if grad is None:
         grad = space.empty_like(arrays[0])
     _core.loss_backward(
@@ -697,7 +803,7 @@ def backward(
         options,
         reduction,
         space.view(grad_loss),
-        space.view(sums),
+        sums if isinstance(sums, bytearray) else space.view(sums),
         space.view(grad),
         kept,
         space.exec,

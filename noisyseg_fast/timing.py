@@ -11,9 +11,9 @@ import ctypes
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,9 @@ class Case:
     """One operation on one input.
 
     oracle: gives the right answer, or names the contender whose answer is right. tolerance: the relative
-    error allowed. moved: the bytes that must be read and written at least. device: "cpu" or "cuda".
+    error allowed. moved: the bytes that must be read and written at least. work: how many exponentials, square roots
+    and divisions must be made at least. autograd: whether a call is a forward and a backward. fresh: bytes of the
+    result in memory that is new to the process at each call. device: "cpu" or "cuda".
     headline: one of the few cases to draw. baseline: a contender that ours is more than, whose time ours is given in.
     """
 
@@ -96,6 +98,9 @@ class Case:
     device: str = "cpu"
     headline: bool = False
     baseline: str | None = None
+    work: Mapping[str, float] = field(default_factory=dict)
+    autograd: bool = False
+    fresh: int = 0
 
 
 @dataclass
@@ -111,12 +116,16 @@ class Timing:
     runs: int = 0
     extra: int | None = None  # peak bytes beyond the inputs during a call, the result included
     launches: int | None = None  # CUDA kernels of a call
+    about: float | None = None  # seconds of a call in an earlier run, where it was skipped for that
 
 
 @dataclass
 class Measurement:
     case: Case
     timings: dict[str, Timing] = field(default_factory=dict)  # in the order of the contenders, the copy last
+    took: float = 0.0  # seconds of the whole measurement: imports, compilations, checks and runs
+    floor_s: float | None = None  # no implementation on this machine can be quicker
+    floor_kind: str = ""  # what says so: "copy", "copy, new pages", "arithmetic" or "autograd"
 
     def speedup(self, name: str) -> float | None:
         """How many times faster ours is than `name`."""
@@ -133,14 +142,103 @@ class Skipped(Exception):
     """Raised by Contender.make when there is no time for it."""
 
 
+# ---- floors ---------------------------------------------------------------------------------------
+
+
+@cache
+def unit_rates(device: str) -> dict[str, float]:
+    """Exponentials, square roots and divisions a second, of float32 in the cache, on all threads: PyTorch's vectorised
+    ones, in place on 2^16 numbers a thread (2^24 on a GPU). The best of many runs."""
+    import torch
+
+    n = 1 << 24 if device == "cuda" else (1 << 16) * threads()
+    x = torch.full((n,), 0.5, device=device)
+    out, ones = torch.empty_like(x), torch.ones_like(x)
+    calls: dict[str, Call] = {
+        "exp": partial(torch.exp, x, out=out),
+        "sqrt": partial(torch.sqrt, x, out=out),
+        "div": partial(torch.div, ones, x, out=out),
+    }
+    return {name: n / min(_elapsed(call, 20, device) / 20 for _ in range(15)) for name, call in calls.items()}
+
+
+@cache
+def autograd_floor(device: str) -> float:
+    """Seconds of a forward and a backward through an autograd.Function that computes nothing, in PyTorch's own Python:
+    the best of many runs."""
+    import torch
+
+    x = torch.zeros(2, 4096, device=device, requires_grad=True)
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            return x.new_empty(())
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            return torch.empty_like(x)
+
+    apply: Any = Nothing.apply
+
+    def call() -> Any:
+        return torch.autograd.grad(apply(x), x)
+
+    return min(_elapsed(call, 50, device) / 50 for _ in range(20))
+
+
+MAPPED = 1 << 25  # malloc hands memory of this size back to the system, and new pages come at each call
+
+
+@cache
+def new_pages() -> float:
+    """Seconds a byte that writing to new memory takes longer than writing to it again: the system clears each page.
+    With huge pages, as our results ask for; the best of several runs on 128 MB."""
+    import torch
+
+    from . import _arrays
+
+    like = torch.empty(1 << 25)
+    space, best = _arrays.of(x=like), math.inf
+    for _ in range(5):
+        begin = time.perf_counter()
+        x = space.empty_like(like).fill_(1.0)
+        middle = time.perf_counter()
+        x.fill_(2.0)
+        best = min(best, 2 * middle - begin - time.perf_counter())
+        del x
+    return max(best, 0.0) / like.nbytes
+
+
+def _floor(measured: Measurement) -> None:
+    """The longest of: a copy of the bytes, into new memory where the result is large, the arithmetic at the units'
+    rates, PyTorch's own cost of the call."""
+    case, copy = measured.case, measured.timings[COPY].p50
+    floors = {"copy": copy} if copy else {}
+    if copy and case.device == "cpu" and case.fresh >= MAPPED:
+        floors["copy, new pages"] = copy + case.fresh * new_pages()
+    if case.work:
+        rates = unit_rates(case.device)
+        floors["arithmetic"] = sum(n / rates[name] for name, n in case.work.items())
+    if case.autograd:
+        floors["autograd"] = autograd_floor(case.device)
+    if floors:
+        measured.floor_kind = max(floors, key=lambda k: floors[k])
+        measured.floor_s = floors[measured.floor_kind]
+
+
 # ---- measuring ------------------------------------------------------------------------------------
 
 
-def measure(case: Case, seconds: float = 2.0, slow: float = 8.0) -> Measurement:
+def measure(
+    case: Case, seconds: float = 2.0, slow: float = 8.0, skip: Mapping[str, tuple[str, float]] | None = None
+) -> Measurement:
     """Check all contenders of a case, then time the right ones in turn, for about `seconds` in all.
 
-    A call that takes longer than `slow` seconds is made once, and that run counts.
+    A call that takes longer than `slow` seconds is made once, and that run counts. skip: contenders to leave out,
+    why, and about how many seconds a call of theirs takes; never ours nor the oracle.
     """
+    begin, skip = time.perf_counter(), skip or {}
     contenders = [*case.contenders, Contender(COPY, partial(_copy, case.moved, case.device), error=None)]
     result = Measurement(case, {c.name: Timing("failed") for c in contenders})
     expected = None if isinstance(case.oracle, str) else case.oracle()
@@ -149,6 +247,8 @@ def measure(case: Case, seconds: float = 2.0, slow: float = 8.0) -> Measurement:
     for contender in sorted(contenders, key=lambda c: c.name != case.oracle):
         name = contender.name
         try:
+            if name in skip and name not in (OURS, case.oracle):
+                raise Skipped(skip[name][0])
             call = contender.make()
             answer, cost[name], extra = _first(call, case.device)
             if name == case.oracle:
@@ -169,7 +269,8 @@ def measure(case: Case, seconds: float = 2.0, slow: float = 8.0) -> Measurement:
         except ImportError as missing:
             result.timings[name] = Timing("missing", f"{missing.name or missing} is not installed")
         except Skipped as reason:
-            result.timings[name] = Timing("skipped", str(reason))
+            about = skip[name][1] if name in skip else 0.0
+            result.timings[name] = Timing("skipped", str(reason), about=about or None)
         except Exception as failure:  # a peer's failure is a result too
             result.timings[name] = Timing("failed", _why(failure))
     times = {name: [cost[name]] for name in calls if cost[name] >= slow}
@@ -178,6 +279,8 @@ def measure(case: Case, seconds: float = 2.0, slow: float = 8.0) -> Measurement:
         timing = result.timings[name]
         timing.p20, timing.p50, timing.p80 = (float(np.percentile(of_name, p)) for p in (20, 50, 80))
         timing.runs = len(of_name)
+    _floor(result)
+    result.took = time.perf_counter() - begin
     return result
 
 
@@ -341,18 +444,33 @@ def value_and_grad(function: Callable[..., Any], logits: Any, *args: Any) -> Cal
     return call
 
 
+@cache
+def _for_all_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
+    import torch
+
+    return torch.compile(function, dynamic=True)
+
+
 def compiled(
-    function: Callable[..., Any], prepare: Callable[[Callable[..., Any]], Call], deadline: float = math.inf
+    function: Callable[..., Any],
+    prepare: Callable[[Callable[..., Any]], Call],
+    deadline: float = math.inf,
+    shared: bool = False,
 ) -> Contender:
-    """prepare(torch.compile(function)), compiled before timing; skipped if time.perf_counter() > deadline."""
+    """prepare(torch.compile(function)), compiled before timing; skipped if time.perf_counter() > deadline.
+
+    shared: one compilation for all shapes, for the sweeps."""
 
     def make() -> Call:
         import torch
 
         if time.perf_counter() > deadline:
             raise Skipped("no time left to compile")
-        torch._dynamo.reset()  # otherwise the ninth shape silently runs eagerly
-        call = prepare(torch.compile(function, dynamic=False))
+        if shared:
+            call = prepare(_for_all_shapes(function))
+        else:
+            torch._dynamo.reset()  # otherwise the ninth shape silently runs eagerly
+            call = prepare(torch.compile(function, dynamic=False))
         call()
         return call
 
@@ -360,7 +478,12 @@ def compiled(
 
 
 def loss_contenders(
-    ours: Callable[..., Any], plain: Callable[..., Any], logits: Any, *args: Any, deadline: float = math.inf
+    ours: Callable[..., Any],
+    plain: Callable[..., Any],
+    logits: Any,
+    *args: Any,
+    deadline: float = math.inf,
+    shared: bool = False,
 ) -> list[Contender]:
     """Forward and backward of ours and of `plain`, which is the same as one writes it in PyTorch."""
 
@@ -370,7 +493,7 @@ def loss_contenders(
     return [
         Contender(OURS, partial(prepare, ours)),
         Contender("eager", partial(prepare, plain)),
-        compiled(plain, prepare, deadline),
+        compiled(plain, prepare, deadline, shared),
     ]
 
 
@@ -406,7 +529,12 @@ def torch_weighted_ce(logits: Any, target: Any, weight: Any) -> Any:
 
 
 def nr_dice_case(
-    shape: Sequence[int], device: str = "cpu", *, deadline: float = math.inf, headline: bool = False
+    shape: Sequence[int],
+    device: str = "cpu",
+    *,
+    deadline: float = math.inf,
+    headline: bool = False,
+    shared: bool = False,
 ) -> Case:
     """nr_dice_loss forward + backward; logits (B, C, *S) float32, labels (B, *S) uint8."""
     import torch
@@ -419,17 +547,27 @@ def nr_dice_case(
         family="losses",
         operation="NR-Dice, forward + backward",
         input=_name(shape),
-        contenders=loss_contenders(losses.nr_dice_loss, torch_nr_dice, logits, target, deadline=deadline),
+        contenders=loss_contenders(
+            losses.nr_dice_loss, torch_nr_dice, logits, target, deadline=deadline, shared=shared
+        ),
         oracle=in_double(reference.nr_dice_loss, logits, target),
         tolerance=1e-5,
         moved=12 * logits.numel() + 2 * target.numel(),  # logits twice and their gradient; labels twice
+        work=dict.fromkeys(("exp", "div", "sqrt"), 2 * logits.numel()),  # in both passes
+        fresh=logits.nbytes,
+        autograd=True,
         device=device,
         headline=headline,
     )
 
 
 def weighted_ce_case(
-    shape: Sequence[int], device: str = "cpu", *, deadline: float = math.inf, headline: bool = False
+    shape: Sequence[int],
+    device: str = "cpu",
+    *,
+    deadline: float = math.inf,
+    headline: bool = False,
+    shared: bool = False,
 ) -> Case:
     """pixel_loss forward + backward; logits (B, C, *S) float32, labels uint8, a weight for each pixel."""
     import torch
@@ -452,10 +590,16 @@ def weighted_ce_case(
         family="losses",
         operation="weighted CE, forward + backward",
         input=_name(shape),
-        contenders=loss_contenders(ours, torch_weighted_ce, logits, target, weight, deadline=deadline),
+        contenders=loss_contenders(
+            ours, torch_weighted_ce, logits, target, weight, deadline=deadline, shared=shared
+        ),
         oracle=in_double(exact, logits, target, weight),
         tolerance=1e-5,
         moved=8 * logits.numel() + 5 * target.numel(),  # logits, labels and weights once, the gradient
+        # an exponential fewer than classes, and a logarithm, which costs no less
+        work={"exp": logits.numel(), "div": target.numel()},
+        fresh=logits.nbytes,
+        autograd=True,
         device=device,
         headline=headline,
     )
@@ -652,15 +796,20 @@ def _distance_case(
     headline: bool,
 ) -> Case:
     spaced = f", spacing {'x'.join(f'{s:g}' for s in spacing)}" if spacing else ""
+    # SciPy measures to a voxel that does not exist where there is only one class; edt says inf, as we do. On large
+    # volumes SciPy takes a minute; edt agrees with it on the smaller ones of the same run.
+    by_edt = (
+        not mask.any() or mask.all() or (mask.size > 1 << 25 and any(c.name == "edt" for c in contenders))
+    )
     return Case(
         family="distance",
         operation=operation,
         input=_name(mask.shape) + (f" {what}" if what else "") + spaced,
         contenders=contenders,
-        # SciPy measures to a voxel that does not exist where there is only one class; edt says inf, as we do.
-        oracle="scipy" if mask.any() and not mask.all() else "edt",
+        oracle="edt" if by_edt else "scipy",
         tolerance=1e-6,
         moved=5 * mask.size,  # a byte read, a float written
+        fresh=4 * mask.size,
         device=device,
         headline=headline,
     )
@@ -764,7 +913,13 @@ def surface_case(
         return lambda: [binary.assd(p, t) for p, t in zip(pred, target, strict=True)]
 
     def pairs(function: Callable[..., Any]) -> Call:
-        return lambda: [function(p, t) for p, t in zip(pred, target, strict=True)]
+        """By metric, as the others' answers go."""
+
+        def call() -> Any:
+            found = [_numbers(function(p, t)) for p, t in zip(pred, target, strict=True)]
+            return tuple(np.array(found).reshape(-1, 5).T)
+
+        return call
 
     def crop_edt() -> Call:
         import edt as package
@@ -788,8 +943,8 @@ def surface_case(
     ]
     if device == "cpu":
         contenders += [
-            Contender("scipy, cropped", crop_scipy, by_pair),
-            Contender("edt, cropped", crop_edt, by_pair),
+            Contender("scipy, cropped", crop_scipy),
+            Contender("edt, cropped", crop_edt),
             Contender("MedPy, ASSD only", medpy, lambda answer, e: joined(answer, e[3])),
         ]
     return Case(
@@ -797,7 +952,9 @@ def surface_case(
         operation="surface metrics",
         input=_name(shape),
         contenders=contenders,
-        oracle="MONAI",
+        oracle="edt, cropped"
+        if device == "cpu" and pred.size > 1 << 25
+        else "MONAI",  # which takes half a minute
         tolerance=1e-5,  # of float32 means
         moved=2 * pred.size,
         device=device,

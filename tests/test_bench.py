@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,3 +151,228 @@ def test_the_steps_of_dtml_agree_whoever_makes_the_targets():
         assert list(answers) == [OURS, "scipy", "scipy, as DTML's code"]
         for answer in answers.values():
             assert timing.relative_error(answer, answers[case.oracle]) < case.tolerance
+
+
+# ---- comparing two runs ---------------------------------------------------------------------------
+
+
+def run_of(*times: float, operation: str = "doubling", peer: float | None = 4.0, state: str = "ok") -> dict:
+    """A result file of one case; times are p20, p50, p80 of ours."""
+    p20, p50, p80 = times if state == "ok" else (None, None, None)
+    note = "" if state == "ok" else "off by 1"
+    contenders = {OURS: {"state": state, "note": note, "p20": p20, "p50": p50, "p80": p80}}
+    contenders["peer"] = {
+        "state": "ok" if peer else "missing",
+        "note": "",
+        "p20": peer,
+        "p50": peer,
+        "p80": peer,
+    }
+    contenders[COPY] = {"state": "ok", "note": "", "p20": 1.0, "p50": 1.0, "p80": 1.0}
+    case = {"operation": operation, "input": "1000", "contenders": contenders}
+    return {"machine": {"processor": "A", "threads": 2}, "cases": [case]}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "state", "code"),
+    [
+        (run_of(1.0, 1.1, 1.2), run_of(1.3, 1.4, 1.5), "slower", 1),
+        (run_of(1.0, 1.1, 1.2), run_of(1.15, 1.4, 1.5), "same", 0),  # within the spread
+        (run_of(1.0, 1.001, 1.002), run_of(1.01, 1.011, 1.012), "same", 0),  # beyond it, but by 1 %
+        (run_of(1.3, 1.4, 1.5), run_of(1.0, 1.1, 1.2), "faster", 0),
+        (run_of(1.0, 1.1, 1.2), run_of(1.0, 1.1, 1.2, state="wrong"), "wrong", 1),
+        (run_of(1.0, 1.1, 1.2), run_of(1.0, 1.1, 1.2, peer=None), "missing", 0),
+    ],
+)
+def test_compare_tells_slower_from_spread(tmp_path, before, after, state, code):
+    from bench import compare
+
+    for name, run in (("a", before), ("b", after)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "losses.json").write_text(json.dumps(run))
+    lines, got = compare.report(tmp_path / "a", tmp_path / "b" / "losses.json")
+    assert got == code
+    assert any(line.startswith(f"{state} (1)") for line in lines), lines
+
+
+def test_compare_names_rows_that_are_gone_and_other_machines(tmp_path):
+    from bench import compare
+
+    a, b = run_of(1, 1, 1), run_of(1, 1, 1, operation="tripling")
+    b["machine"]["processor"] = "B"
+    for name, run in (("a.json", a), ("b.json", b)):
+        (tmp_path / name.replace(".json", "")).mkdir()
+        (tmp_path / name.replace(".json", "") / "losses.json").write_text(json.dumps(run))
+    lines, code = compare.report(tmp_path / "a", tmp_path / "b")
+    assert code == 1 and any("machines differ" in line for line in lines)
+    assert any(line.startswith("gone (1)") for line in lines) and any(
+        line.startswith("new (1)") for line in lines
+    )
+
+
+def test_compare_by_peer_is_blind_to_the_machines_speed(tmp_path):
+    from bench import compare
+
+    a = run_of(1.0, 1.1, 1.2)
+    b = copy.deepcopy(a)
+    for timed in b["cases"][0]["contenders"].values():
+        timed.update({p: 2 * timed[p] for p in ("p20", "p50", "p80")})
+    for name, run in (("a.json", a), ("b.json", b)):
+        (tmp_path / name).write_text(json.dumps(run))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.json").rename(tmp_path / name / "losses.json")
+    assert compare.report(tmp_path / "a", tmp_path / "b")[1] == 1
+    assert compare.report(tmp_path / "a", tmp_path / "b", by_peer=True)[1] == 0
+
+
+def test_compare_as_a_command():
+    results = ROOT / "bench" / "results" / "amd-epyc"
+    command = [sys.executable, "-m", "bench.compare"]
+    same = subprocess.run([*command, results, results], cwd=ROOT, capture_output=True, text=True)
+    assert same.returncode == 0 and same.stdout.splitlines()[-1].startswith("same (")
+    none = subprocess.run([*command, results, "nowhere"], cwd=ROOT, capture_output=True, text=True)
+    assert none.returncode == 2 and none.stderr.startswith("compare: ")
+
+
+# ---- floors, limits, predictions ------------------------------------------------------------------
+
+
+def test_a_floor_is_the_longest_of_copy_arithmetic_and_autograd(monkeypatch):
+    monkeypatch.setattr(timing, "unit_rates", lambda device: {"exp": 1e3, "div": 1e3})
+    monkeypatch.setattr(timing, "autograd_floor", lambda device: 0.5)
+    monkeypatch.setattr(timing, "new_pages", lambda: 1e-9)
+    case = small()
+    for changed, kind in (
+        (case, "copy"),
+        (replace(case, fresh=timing.MAPPED - 1), "copy"),
+        (replace(case, fresh=timing.MAPPED), "copy, new pages"),
+        (replace(case, autograd=True), "autograd"),
+        (replace(case, autograd=True, work={"exp": 1000, "div": 1000}), "arithmetic"),
+    ):
+        measured = timing.measure(changed, 0.01)
+        assert measured.floor_kind == kind
+    assert measured.floor_s == pytest.approx(2.0)
+    assert measured.took > 0
+
+
+def test_the_rates_that_floors_come_from_are_measured():
+    rates = timing.unit_rates("cpu")
+    assert set(rates) == {"exp", "sqrt", "div"} and all(1e6 < rate < 1e13 for rate in rates.values())
+    assert 1e-7 < timing.autograd_floor("cpu") < 0.1
+    assert 0 <= timing.new_pages() < 1e-6
+
+
+def test_a_contender_that_is_too_slow_is_skipped_by_name_and_stays_so():
+    from bench import __main__ as suite
+
+    case = replace(small(Contender("slow", lambda: lambda: 2 * np.arange(1000.0))), headline=True)
+    last = {"losses": [{"operation": "doubling", "input": "1000", "contenders": {"slow": {"p50": 20.0}}}]}
+    skip = suite.left_out(case, last, suite.FULL, late=False)
+    assert suite.left_out(case, last, suite.ALL, late=False) == {}
+    measured = timing.measure(case, 0.01, skip=skip)
+    assert measured.timings["slow"].state == "skipped" and "20 s a call" in measured.timings["slow"].note
+    again = [report._record(measured)]
+    assert suite.left_out(case, {"losses": again}, suite.FULL, late=False) == skip
+    assert suite.left_out(case, {}, suite.FULL, late=True).keys() == {timing.COMPILED}
+
+
+def test_the_committed_results_say_that_a_full_run_ends_in_time():
+    from bench import __main__ as suite
+
+    last = suite.known(ROOT / "nowhere", "cpu")
+    assert last
+    for cases in last.values():  # 8 minutes for one family of twelve would leave too little for the others
+        assert suite.expected(cases, suite.FULL) < 8 * 60
+
+
+def test_floor_tables_have_a_row_for_each_operation():
+    runs = report.read(ROOT / "bench" / "results" / "amd-epyc")
+    table = report.floors(runs)
+    for operation in ("NR-Dice, forward + backward", "distance transform", "STAPLE", "surface metrics"):
+        assert sum(line.startswith(f"| {operation} |") for line in table.splitlines()) == 1
+    ratios = [float(line.split("|")[-2]) for line in table.splitlines()[2:]]
+    assert all(0.5 < ratio < 1e5 for ratio in ratios)
+
+
+def test_the_performance_page_holds_the_committed_figures():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for table in report.performance_tables(ROOT, ROOT / "bench" / "results" / "amd-epyc"):
+        assert table in page
+
+
+def test_tables_go_between_a_pages_marks(tmp_path):
+    page = tmp_path / "a.md"
+    page.write_text(f"1\n{report.BEGIN}\nx\n{report.END}\n2\n{report.BEGIN}\n{report.END}\n3")
+    report.put(page, ["A", "B"])
+    report.put(page, ["A", "B"])
+    assert page.read_text() == f"1\n{report.BEGIN}\nA\n{report.END}\n2\n{report.BEGIN}\nB\n{report.END}\n3"
+    with pytest.raises(ValueError, match="2 places for 1 tables"):
+        report.put(page, ["A"])
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "threads", "dynamic", "blocks"),
+    [
+        (32, 0, 256, 0, 8),  # full: 2048 threads
+        (64, 0, 256, 0, 4),  # 65536 / 64 / 256
+        (65, 0, 256, 0, 3),  # 65 become 72
+        (32, 0, 256, 100 * 1024, 2),  # 228 KB, 1 KB of each block reserved
+        (16, 0, 32, 0, 32),  # no more blocks than 32
+    ],
+)
+def test_occupancy_on_an_h200(monkeypatch, registers, shared, threads, dynamic, blocks):
+    from bench.gpu import predict
+
+    monkeypatch.setattr(predict, "resources", lambda: {"k": {"sm_90": [registers, shared]}})
+    assert predict.blocks_resident("k", threads, dynamic) == blocks
+
+
+def test_predictions_on_file_are_those_of_the_pins():
+    from dataclasses import asdict
+
+    from bench.gpu import predict
+
+    on_file = json.loads(predict.PREDICTIONS.read_text())
+    assert [asdict(p) for p in predict.cases()] == on_file
+    for (
+        row
+    ) in on_file:  # never quicker than the copy of what must come from memory, half of which L2 may hold
+        assert row["device_s"] >= row["megabytes"] * 1e6 / predict.COPY_BANDWIDTH / 2
+        assert 0 < row["occupancy"] <= 1
+
+
+def test_a_gpu_run_is_compared_with_what_was_predicted():
+    from bench.gpu import predict
+
+    on_file = json.loads(predict.PREDICTIONS.read_text())
+    row = on_file[0]
+    case = {
+        "operation": row["operation"],
+        "input": row["input"],
+        "contenders": {OURS: {"p50": 2 * row["call_s"]}},
+    }
+    runs = {row["family"]: {"cases": [{**case, "device": "cuda"}, {**case, "device": "cpu"}]}}
+    compared = predict.compare(on_file, runs)
+    assert len(compared) == 1 and compared[0]["ratio"] == pytest.approx(2)
+    assert "| 2.00 |" in report.prediction_table(compared)
+    assert predict.compare(on_file, {}) == []
+
+
+def test_the_validation_pass_agrees_with_monai():
+    pytest.importorskip("monai")
+    pytest.importorskip("medpy")
+    from bench import validation
+
+    measured = timing.measure(validation.pass_case(1, (24, 24, 16)), 0.01)
+    assert {t.state for t in measured.timings.values()} == {"ok"}, measured.timings
+
+
+def test_sweeps_cover_size_batch_classes_raters_and_threads():
+    from bench import sweeps
+
+    made = list(sweeps.cases("cpu", quick=False))
+    assert len(made) > 40 and not list(sweeps.cases("cpu", quick=True))
+    case = sweeps._on_threads(lambda: timing.nr_dice_case((1, 1, 64), deadline=0.0), 1)
+    assert case.family == "sweeps" and case.input == "1x1x64, 1 thread"
+    assert timing.measure(case, 0.01).timings[OURS].state == "ok"

@@ -1227,3 +1227,74 @@ def test_strides_that_do_not_merge() -> None:
     crossed = logits.permute(0, 1, 5, 3, 2, 4).contiguous().permute(0, 1, 4, 3, 5, 2)
     with pytest.raises(ValueError, match="more than three separate pixel axes; make them contiguous"):
         losses.nr_dice_loss(crossed, target)
+
+
+# ---- calls that were checked before ---------------------------------------------------------------
+
+
+def twice(function, *args, **options):
+    """The call again, which then skips the checks."""
+    from noisyseg_fast import _autograd  # noqa: F401  # the first call of all imports it, and is not kept
+
+    function(*args, **options)
+    return function(*args, **options)
+
+
+def test_a_second_call_gives_the_same_and_is_known():
+    z, y = torch.randn(2, 3, 5, 7, requires_grad=True), torch.randint(0, 3, (2, 1, 5, 7), dtype=torch.uint8)
+    twice(losses.pixel_loss, z, y)
+    w, cw = torch.rand(2, 1, 5, 7), [1.0, 2.0, 0.5]
+    for function in (losses.pixel_loss, losses.dice_ce_loss):
+        for reduction in ("mean", "image"):
+            options = {"weight": w, "class_weight": cw, "reduction": reduction, "mask": y > 0}
+            losses._known.clear()
+            first = function(z, y, **options)
+            assert len(losses._known) == 1
+            second = function(z, y, **options)
+            assert len(losses._known) == 1 and torch.equal(first, second)
+            a, b = (torch.autograd.grad(x.sum(), z)[0] for x in (first, second))
+            assert torch.equal(a, b) and a.abs().sum() > 0
+
+
+def test_a_known_call_still_refuses_what_a_signature_does_not_show():
+    z, y, w = torch.randn(1, 2, 8, requires_grad=True), torch.zeros(1, 8, dtype=torch.uint8), torch.rand(1, 8)
+    twice(losses.pixel_loss, z, y, weight=w)
+    with pytest.raises(ValueError, match="weight requires a gradient"):
+        losses.pixel_loss(z, y, weight=w.clone().requires_grad_())
+    with pytest.raises(ValueError, match=r"outside 0\.\.1"):
+        losses.pixel_loss(z, y + 2, weight=w)
+    with pytest.raises(TypeError, match="weight is a lazily negated view"):
+        losses.pixel_loss(z, y, weight=torch.complex(w, -w).conj().imag)
+    with pytest.raises(TypeError, match="weight is not dense"):
+        losses.pixel_loss(z, y, weight=w.to_sparse())
+    with pytest.raises(TypeError, match="pass both as one kind"):
+        losses.pixel_loss(z, y.numpy(), weight=w)
+
+
+def test_an_option_that_is_an_array_is_read_at_each_call():
+    z, y = torch.randn(1, 1, 8), torch.zeros(1, 8, dtype=torch.uint8)
+    eps = torch.tensor(1.0)
+    before = twice(losses.dice_loss, z, y, eps=eps)
+    eps.fill_(100.0)
+    assert losses.dice_loss(z, y, eps=eps) == losses.dice_loss(z, y, eps=100.0) != before
+    with pytest.raises(ValueError, match="eps must not be negative"):
+        losses.dice_loss(z, y, eps=-1.0)
+
+
+def test_the_known_calls_are_bounded(monkeypatch):
+    monkeypatch.setattr(losses, "_MOST_KNOWN", 4)
+    y = torch.zeros(1, 9, dtype=torch.uint8)
+    for n in range(1, 10):
+        losses.pixel_loss(torch.randn(1, 2, n), y[:, :n])
+    assert len(losses._known) <= 4
+
+
+def test_a_known_call_differentiates_twice_and_in_forward_mode():
+    z = torch.randn(1, 2, 6, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(0, 2, (1, 6), dtype=torch.uint8)
+    twice(losses.pixel_loss, z, y)
+    assert torch.autograd.gradgradcheck(lambda z: losses.pixel_loss(z, y), z)
+    direction = torch.randn_like(z)
+    _, along = torch.func.jvp(lambda z: losses.pixel_loss(z, y), (z.detach(),), (direction,))
+    (grad,) = torch.autograd.grad(losses.pixel_loss(z, y), z)
+    torch.testing.assert_close(along.double(), (grad * direction).sum())

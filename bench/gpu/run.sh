@@ -93,5 +93,7 @@ for stage in "${stages[@]}"; do
     *) echo "run.sh: unknown stage $stage" >&2; failed=$((failed + 1)) ;;
   esac
 done
+# What was predicted before, beside what was measured now.
+python3 -m bench.gpu.predict --compare "$out" 2>&1 | tee "$out/predictions.md" | tail -n 60
 grep -E "passed|failed|ERROR SUMMARY|RACECHECK SUMMARY" "$log" | tail -n 20
 exit "$failed"

@@ -1,5 +1,5 @@
-// Python passes an array as the tuple (address, dtype code, shape, strides in elements), or None,
-// and the place to run as (device, stream, threads): see noisyseg_fast/_arrays.py.
+// Python passes an array as the tuple (address, dtype code, shape, strides in elements), a bytearray of doubles, or
+// None, and the place to run as (device, stream, threads): see noisyseg_fast/_arrays.py.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -12,6 +12,14 @@ struct type_caster<noisyseg::Array> {
   PYBIND11_TYPE_CASTER(noisyseg::Array, const_name("tuple | None"));
   bool load(handle source, bool) {
     if (source.is_none()) return true;
+    if (PyByteArray_Check(source.ptr())) {
+      value.data = PyByteArray_AS_STRING(source.ptr());
+      value.dtype = noisyseg::DType::f64;
+      value.rank = 1;
+      value.shape[0] = PyByteArray_GET_SIZE(source.ptr()) / static_cast<Py_ssize_t>(sizeof(double));
+      value.strides[0] = 1;
+      return true;
+    }
     if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 4) return false;
     PyObject* shape = PyTuple_GET_ITEM(source.ptr(), 2);
     PyObject* strides = PyTuple_GET_ITEM(source.ptr(), 3);

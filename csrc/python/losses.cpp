@@ -1,5 +1,10 @@
 #include "noisyseg/losses.h"
 
+#include <pybind11/stl.h>
+
+#include <array>
+#include <memory>
+
 #include "bind.h"
 
 namespace pybind11::detail {
@@ -42,7 +47,55 @@ namespace noisyseg {
 
 using Address = std::uintptr_t;
 
+namespace {
+
+// loss_forward on the CPU for arrays of which all but the addresses is known from an earlier call.
+class LossCall {
+ public:
+  LossCall(const std::array<Array, 5>& inputs, const LossOptions& options, int reduction, const Array& loss,
+           const Array& keep)
+      : inputs_(inputs),
+        loss_(loss),
+        keep_(keep),
+        options_(options),
+        reduction_(static_cast<Reduction>(reduction)),
+        sums_(sizeof(double) * 5 * inputs[0].shape[0] * (inputs[0].shape[1] + 1)),
+        workspace_(loss_workspace(inputs[0], Exec{})) {}
+
+  // (labels_in_range, kept, sums as a bytearray); an input that is not given has address 0
+  py::tuple forward(const std::array<Address, 5>& addresses, Address loss_address, Address keep_address,
+                    int threads) const {
+    py::bytearray result(nullptr, sums_);
+    std::array<Array, 5> in = inputs_;
+    for (size_t i = 0; i < in.size(); ++i) in[i].data = reinterpret_cast<void*>(addresses[i]);
+    Array loss = loss_, keep = keep_, sums;
+    loss.data = reinterpret_cast<void*>(loss_address);
+    keep.data = reinterpret_cast<void*>(keep_address);
+    sums.data = PyByteArray_AS_STRING(result.ptr());
+    LossReport report;
+    {
+      py::gil_scoped_release release;
+      const std::unique_ptr<char[]> workspace(new char[workspace_]);
+      report = loss_forward(in[0], in[1], in[2], in[3], in[4], options_, reduction_, loss, sums, keep,
+                            workspace.get(), Exec{-1, nullptr, threads});
+    }
+    return py::make_tuple(report.labels_in_range, report.kept, result);
+  }
+
+ private:
+  std::array<Array, 5> inputs_;
+  Array loss_, keep_;
+  LossOptions options_;
+  Reduction reduction_;
+  size_t sums_, workspace_;
+};
+
+}  // namespace
+
 void bind_losses(py::module_& m) {
+  py::class_<LossCall>(m, "LossCall")
+      .def(py::init<const std::array<Array, 5>&, const LossOptions&, int, const Array&, const Array&>())
+      .def("forward", &LossCall::forward);
   m.def("loss_workspace", &loss_workspace);
   m.def(
       "loss_forward",
