@@ -72,6 +72,7 @@ METAVAR = "sample|DIR|JSON|NPZ"
 IGNORE = Option(
     help="The value in masks of pixels without a label (sparse labels), as 255, where the data name none."
 )
+ROOT = Option(help="The folder that a datalist's files lie in. [default: the datalist's own]")
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -115,6 +116,7 @@ def demo(
 @app.command()
 def train(
     data: Annotated[str | None, Option(help=f"{SOURCE} [default: sample]", metavar=METAVAR)] = None,
+    data_root: Annotated[Path | None, ROOT] = None,
     method: Annotated[str | None, Option(help="See `noisyseg methods`. [default: ce]")] = None,
     set_: Annotated[
         list[str] | None, Option("--set", help="An option of the method, as gamma=1.3; repeatable.")
@@ -195,6 +197,7 @@ def train(
 
     given: dict[str, Any] = {
         "data": data,
+        "data_root": str(data_root) if data_root else None,
         "method": method,
         "options": _options(set_) if set_ else None,
         "network": network,
@@ -250,6 +253,7 @@ def evaluate(
     data: Annotated[str | None, Option(help=f"{SOURCE} [default: the run's]", metavar=METAVAR)] = None,
     split: Annotated[str, Option(help="training, validation, test, meta or all.")] = "test",
     file: Annotated[Path | None, Option("--out", help="CSV with a row for each case.")] = None,
+    data_root: Annotated[Path | None, ROOT] = None,
     ignore_label: Annotated[int | None, IGNORE] = None,
     device: Device = "auto",
 ) -> None:
@@ -269,9 +273,14 @@ def evaluate(
 
     place = pick_device(device)
     state = read_checkpoint(checkpoint)
-    config = config_of(state["config"])
+    try:
+        config = config_of(state["config"])
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: cannot be read as a checkpoint: {error}") from error
     if ignore_label is not None:
         config = dataclasses.replace(config, ignore_label=ignore_label)
+    if data_root is not None:
+        config = dataclasses.replace(config, data_root=str(data_root))
     source = open_run(config, data)
     cases = source.split(split)
     method, spec = load_model(state, place)
@@ -418,6 +427,8 @@ def fuse(
 
     Example: `noisyseg fuse --method staple rater1.nii.gz rater2.nii.gz rater3.nii.gz -o fused.nii.gz`
     """
+    from rich.markup import escape
+
     from .training import fusion
 
     result = fusion.fuse(masks, out_file, method=method, tie=tie, posterior=posterior, classes=classes)
@@ -425,7 +436,7 @@ def fuse(
     for name in ("rater", "sensitivity", "specificity", "Dice"):
         table.add_column(name, justify="left" if name == "rater" else "right", overflow="fold")
     for path, scores in zip(masks, result.scores, strict=True):
-        table.add_row(str(path), *(f"{x:.4f}" for x in scores))
+        table.add_row(escape(str(path)), *(f"{x:.4f}" for x in scores))
     out.print(table)
     out.print(
         f"agreement: mean pairwise Dice {result.dice:.4f}, Fleiss' kappa {result.kappa:.4f}, "

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from .evaluate import Summary
 from .files import write_csv, write_json, written
 from .label_errors import Found, explained, find
 from .model import FORMAT, ModelSpec, load_model, pick_device, read_checkpoint, spec_dict, spec_of
+from .untrusted import first_line, parse_json, parse_settings, typed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,6 +54,7 @@ class Config:
     """The settings of a run. ValueError names the one that is wrong."""
 
     data: str = "sample"  # or a folder, a datalist or an .npz; see data.py
+    data_root: str | None = None  # the folder that a datalist's files lie in; None: the datalist's own
     method: str = "ce"
     options: Mapping[str, Any] = field(default_factory=dict)  # the method's, in place of its defaults
     network: str | None = None  # None, both: as the method says, which is unet of width 16 for most
@@ -145,33 +147,27 @@ def read_config(out: Path) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {out} holds no run to resume")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))["config"]
-        return dataclasses.replace(config_of(values), out=str(out))
+        return dataclasses.replace(config_of(parse_json(path)["config"]), out=str(out))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: is no configuration of this version ({error})") from error
+        line = first_line(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: is no configuration of this version ({line})") from error
 
 
 def load_config(path: Path) -> Config:
     """The settings in a YAML or JSON file: those of Config, the missing ones by default, or a run's config.json,
     which repeats that run, with the method's options as they were then."""
-    import yaml
-
+    content = parse_settings(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if "config" in content:
             content = {**content["config"], "options": content["method_options"]}
-        return config_of({"patch": None, **content})
-    except OSError as error:
-        raise FileNotFoundError(f"{path}: cannot be read: {error.strerror}") from error
-    except (KeyError, TypeError, yaml.YAMLError) as error:
-        line = " ".join(str(error).split())
-        raise ValueError(f"{path}: is no configuration ({line})") from error
+        return config_of(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: is no configuration ({first_line(error)})") from error
 
 
 def config_of(values: Mapping[str, Any]) -> Config:
-    """The settings as config.json and checkpoints keep them."""
-    sizes = {name: values[name] and tuple(values[name]) for name in ("patch", "spacing") if name in values}
-    return Config(**{**values, **sizes})
+    """The settings as config.json and checkpoints keep them; ValueError for unknown ones and other types."""
+    return Config(**typed(values, get_type_hints(Config)))
 
 
 @dataclass(frozen=True)
@@ -307,6 +303,7 @@ def open_run(config: Config, source: str | None = None) -> Data:
         seed=config.seed,
         meta_fraction=config.meta_fraction,
         ignore_label=config.ignore_label,
+        root=config.data_root,
     )
 
 

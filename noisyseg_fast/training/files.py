@@ -22,7 +22,7 @@ def written(path: Path) -> Iterator[Path]:
     go by it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp{os.getpid()}-{path.name}")
+    temporary = path.with_name(beside(f".tmp{os.getpid()}-", path.name))
     try:
         yield temporary
         _flush(temporary)
@@ -31,6 +31,15 @@ def written(path: Path) -> Iterator[Path]:
             _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def beside(prefix: str, name: str) -> str:
+    """prefix and name as one file name, of a name that is too long for that only its end and a digest."""
+    whole = prefix + name
+    if len(os.fsencode(whole)) <= 255:
+        return whole
+    end = os.fsencode(name)[-40:].decode(errors="ignore")
+    return f"{prefix}{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}-{end}"
 
 
 def _flush(path: Path) -> None:
