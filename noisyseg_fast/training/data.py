@@ -72,6 +72,7 @@ import math
 import operator
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -86,7 +87,7 @@ from .. import sample as sample_data
 from ..labels import majority_vote
 from . import resample
 from .untrusted import DataError as DataError
-from .untrusted import first_line, fits, load_npz, parse_json, read_text, short
+from .untrusted import first_line, fits, load_npz, memory, parse_json, read_text, short
 
 SUFFIXES = (".nii.gz", ".nii", ".png")
 MISSING = 255  # in a label: nobody drew here
@@ -148,8 +149,8 @@ def _read_nifti(path: Path) -> Raw:
         raise DataError(f"{path}: has shape {array.shape}; a 2D image or a 3D volume is needed")
     millimetres = {1: 1e3, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)  # metre, micrometre
     spacing = tuple(float(z) * millimetres for z in header["pixdim"][1 : len(shape) + 1])
-    if not np.isfinite(affine).all():
-        raise DataError(f"{path}: the affine in the header is not finite")
+    if not (abs(affine) < 1e18).all():
+        raise DataError(f"{path}: the affine in the header must be finite")
     return Raw(array.reshape(shape), spacing, affine)
 
 
@@ -182,7 +183,9 @@ def nifti(path: Path, whole: bool = True) -> Iterator[Any]:
         logger.setLevel(logging.CRITICAL + 1)
         try:
             file.seek(0)
-            image = kind.from_stream(file) if packed else kind.from_filename(path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image = kind.from_stream(file) if packed else kind.from_filename(path)
             yield image
         finally:
             logger.setLevel(level)
@@ -195,7 +198,7 @@ def _check_header(path: Path, header: Any, packed: bool) -> None:
     magic = bytes(header["magic"])[:3]
     if magic not in (b"n+1", b"n+2"):
         raise DataError(
-            f"{path}: cannot be read as NIfTI: its magic is {magic!r}, not b'n+1'; store a pair .hdr and .img as one file"
+            f"{path}: cannot be read as NIfTI: its magic is {magic!r}, not b'n+1'; store .hdr and .img as one file"
         )
     dims = [int(n) for n in header["dim"]]
     shape = dims[1 : dims[0] + 1]
@@ -229,8 +232,13 @@ def _read_png(path: Path, palette: bool) -> Raw:
 
     try:
         with Image.open(path, formats=("PNG",)) as image:
+            fits(
+                path, math.prod(image.size), path.stat().st_size, packed=True
+            )  # a byte for each pixel, or less
             image.load()
             mode, array = image.mode, np.asarray(image)
+    except DataError:
+        raise
     except Exception as error:
         why = "it is something else, or cut off" if "identify" in str(error) else first_line(error)
         raise DataError(f"{path}: cannot be read as PNG: {why}") from error
@@ -336,9 +344,14 @@ def load_image(case: Case, wanted: Sequence[float] | None = None) -> tuple[Array
 
 def _size(case: Case, image: Array, spacing: Sequence[float], wanted: Sequence[float]) -> tuple[int, ...]:
     try:
-        return resample.size_of(image.shape[1:], spacing, wanted)
-    except ValueError as error:
+        size = resample.size_of(image.shape[1:], spacing, wanted)
+    except (ValueError, OverflowError) as error:
         raise DataError(f"case {case.id}: {error}") from None
+    if 4 * len(image) * math.prod(size) > memory():
+        raise DataError(
+            f"case {case.id}: its spacing {_numbers(spacing)} resampled to {_numbers(wanted)} does not fit into memory"
+        )
+    return size
 
 
 def resampled(case: Case, loaded: Loaded, wanted: Sequence[float]) -> Loaded:
@@ -818,7 +831,7 @@ def _patients(path: Path) -> tuple[dict[str, str], set[str]]:
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as CSV: {first_line(error)}") from error
     if not {"case", "patient"} <= set(columns):
-        raise DataError(f"{path}: needs the columns case,patient, has {','.join(columns)}")
+        raise DataError(f"{path}: needs the columns case,patient, has {short(','.join(columns))}")
     patients: dict[str, str] = {}
     for number, row in enumerate(rows, 2):
         case, patient = row["case"], row["patient"]
