@@ -757,6 +757,11 @@ def _flat(root: Path) -> Data:
 def _check_ids(cases: Iterable[Case], source: Path, advice: str) -> None:
     seen: set[str] = set()
     for case in cases:
+        for name in (case.id, case.patient):
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise DataError(f"{source}: the name {name!a} is not UTF-8") from None
         if case.id in seen:
             raise DataError(f"{source}: two entries have the id {case.id}; {advice}")
         seen.add(case.id)

@@ -12,6 +12,7 @@ import math
 import os
 import pickletools
 import reprlib
+import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -155,6 +156,13 @@ def load_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
                     array = np.frombuffer(file.read(needed), dtype, count=math.prod(shape))
                     if file.read(1):
                         raise ValueError(f"{member.filename} is longer than its header says")
+                    letters = (
+                        array.view(np.dtype("u4").newbyteorder(dtype.byteorder))
+                        if dtype.kind == "U"
+                        else array[:0]
+                    )
+                    if letters.size and letters.max() > sys.maxunicode:
+                        raise ValueError(f"{member.filename} holds letters that there are not")
                 result[member.filename.removesuffix(".npy")] = array.reshape(
                     shape, order="F" if fortran else "C"
                 )
