@@ -118,7 +118,8 @@ _ENTRY = {
     "clean": True,
     "spacing": [1, 2],
 }
-_LIST = {"training": [{**_ENTRY, "id": i, "patient": f"p{i}"} for i in range(4)], "labels": {"a": 0, "b": 1}}
+_CASES = [{**_ENTRY, "id": i, "patient": f"p{i}", "clean": not i} for i in range(4)]
+_LIST = {"training": _CASES, "labels": {"a": 0, "b": 1}}
 _SETTINGS = (
     b"method: mean_teacher\noptions: {decay: 0.9}\nlr: 1.0e-3\nepochs: 3\npatch: [32, 32]\nspacing: null\n"
 )
@@ -185,7 +186,7 @@ TARGETS: dict[str, tuple[str, Callable[[], list[bytes]], Callable[[Path], None]]
     ),
     "png": (
         "a.png",
-        lambda: [_png(np.arange(48, dtype=np.uint8).reshape(s)) for s in ((6, 8), (4, 4, 3))],
+        lambda: [_png(np.arange(48, dtype=t).reshape(6, 8)) for t in (np.uint8, np.uint16)],
         _read,
     ),
     "npz": (
@@ -329,10 +330,11 @@ def _late(number: int, frame: Any) -> None:
     raise Bad(f"more than {SECONDS} s")
 
 
-def batch(
-    target: str, seeds: list[bytes], count: int, seed: int, folder: Path, out: Path
-) -> tuple[int, int, list[str]]:
-    """Executions, files read and findings of `count` mutated files."""
+Result = tuple[int, int, list[str]]  # executions, files read, findings
+
+
+def batch(target: str, seeds: list[bytes], count: int, seed: int, folder: Path, out: Path) -> Result:
+    """`count` mutated files."""
     generator, read, bad = random.Random(seed), 0, []
     signal.signal(signal.SIGALRM, _late)
     for _ in range(count):
@@ -352,7 +354,7 @@ def batch(
     return count, read, bad
 
 
-def isolated(*arguments: Any) -> tuple[int, int, list[str]]:
+def isolated(*arguments: Any) -> Result:
     """`batch` in a process of its own, whose memory is bounded."""
     target, _, count, seed, folder, out = arguments
     reading, writing = os.pipe()
@@ -378,13 +380,12 @@ def isolated(*arguments: Any) -> tuple[int, int, list[str]]:
     return executions, read, bad
 
 
-def fuzz(
-    target: str, executions: int, seconds: float, seed: int, folder: Path, out: Path
-) -> tuple[int, int, list[str]]:
+def fuzz(target: str, executions: int, seconds: float, seed: int, folder: Path, out: Path) -> Result:
     seeds = TARGETS[target][1]()
     for content in seeds:
         try:
-            execute(target, content, folder)  # imports, before the forks
+            if not execute(target, content, folder):  # imports all that is needed, before the forks
+                return 1, 0, ["a valid file was refused"]
         except Bad as error:
             return 1, 0, [f"a valid file: {error}"]
     done, read, bad, start = 0, 0, [], time.monotonic()

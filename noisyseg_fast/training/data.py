@@ -231,10 +231,9 @@ def _read_png(path: Path, palette: bool) -> Raw:
     from PIL import Image
 
     try:
-        with Image.open(path, formats=("PNG",)) as image:
-            fits(
-                path, math.prod(image.size), path.stat().st_size, packed=True
-            )  # a byte for each pixel, or less
+        # From memory: of a file, as many bytes are asked for as a chunk says that it has.
+        with Image.open(io.BytesIO(path.read_bytes()), formats=("PNG",)) as image:
+            fits(path, math.prod(image.size) // 8, path.stat().st_size, packed=True)
             image.load()
             mode, array = image.mode, np.asarray(image)
     except DataError:

@@ -57,7 +57,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
             raise ValueError("it has no weights")
-        if not isinstance(model, dict) or not isinstance(content.get("config"), dict):
+        if not isinstance(model, dict) or not isinstance(content.get("config", {}), dict):
             raise ValueError("it does not say what model it is of")
         content["model"] = typed(model, get_type_hints(ModelSpec), "part of the model")
         _check_spec(spec_of(content), state)
@@ -80,9 +80,6 @@ def _check_spec(spec: ModelSpec, state: Mapping[str, Tensor]) -> None:
     for name, value in sizes.items():
         if name != "raters" and value > longest:
             raise ValueError(f"its weights are not those of a model with {name} {value}")
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"its weights {short(name)} are not finite")
 
 
 def spec_of(checkpoint: Mapping[str, Any]) -> ModelSpec:
@@ -103,6 +100,9 @@ def load_model(checkpoint: Mapping[str, Any], device: torch.device) -> tuple[met
                 f"the checkpoint's weights are not those of its model: {name} is missing or another"
             )
     method.load_state_dict({name: value for name, value in state.items() if name in needed})
+    for name, value in method.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"the checkpoint's weights {name} are not finite")
     return method.eval().to(device), spec
 
 
