@@ -138,6 +138,9 @@ def _read_nifti(path: Path) -> Raw:
             header = image.header
     except DataError:
         raise
+    except gzip.BadGzipFile as error:
+        why = "its checksum is wrong" if "CRC" in str(error) else "it is not compressed by gzip"
+        raise DataError(f"{path}: cannot be read as NIfTI: {why}") from error
     except Exception as error:  # nibabel, gzip and zlib each raise their own
         raise DataError(f"{path}: cannot be read as NIfTI: {first_line(error)}") from error
     if array.dtype.names:
@@ -842,13 +845,17 @@ def _patients(path: Path) -> tuple[dict[str, str], set[str]]:
         if not case or not patient:
             raise DataError(f"{path}: row {number} lacks its case or its patient")
         if patients.setdefault(case, patient) != patient:
-            raise DataError(f"{path}: case {case} has two patients, {patients[case]} and {patient}")
+            raise DataError(
+                f"{path}: case {short(case)} has two patients, {short(patients[case])} and {short(patient)}"
+            )
     truth = {"true": True, "1": True, "false": False, "0": False, "": False}
     clean = set()
     for row in rows:
         value = (row.get("clean") or "").strip().lower()
         if value not in truth:
-            raise DataError(f'{path}: "clean" of case {row["case"]} must be true or false, got {value!r}')
+            raise DataError(
+                f'{path}: "clean" of case {short(row["case"])} must be true or false, got {short(value)}'
+            )
         if truth[value]:
             clean.add(row["case"])
     return patients, clean

@@ -63,7 +63,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         _check_spec(spec_of(content), state)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as a checkpoint: {first_line(error)}") from error
-    return content
+    return {**content, "file": str(path)}
 
 
 def _check_spec(spec: ModelSpec, state: Mapping[str, Tensor]) -> None:
@@ -93,16 +93,15 @@ def load_model(checkpoint: Mapping[str, Any], device: torch.device) -> tuple[met
     spec = spec_of(checkpoint)
     method = spec.build(training=False)
     # last.pt holds more than that.
+    where = f"{checkpoint['file']}: cannot be read as a checkpoint: " if "file" in checkpoint else ""
     needed, state = method.state_dict(), checkpoint["method"]
     for name, value in needed.items():
         if name not in state or state[name].shape != value.shape:
-            raise ValueError(
-                f"the checkpoint's weights are not those of its model: {name} is missing or another"
-            )
+            raise ValueError(f"{where}its weights are not those of its model: {name} is missing or another")
     method.load_state_dict({name: value for name, value in state.items() if name in needed})
     for name, value in method.named_parameters():
         if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"the checkpoint's weights {name} are not finite")
+            raise ValueError(f"{where}its weights {name} are not finite")
     return method.eval().to(device), spec
 
 

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 RATIO = 1032  # of DEFLATE at most: 258 bytes from 2 bits
-SETTINGS = 1 << 20  # bytes of a file of settings at most; the parser takes seconds for as many
+SETTINGS = 100_000  # bytes of a file of settings at most; the parser takes seconds for as many
+DEPTH = 50  # of what is nested in it; the parser's time grows with the square
 
 
 class DataError(ValueError):
@@ -109,8 +110,14 @@ def parse_settings(path: Path) -> dict[str, Any]:
         if path.stat().st_size > SETTINGS:
             raise refuse(f"larger than {size(SETTINGS)}")
         text = read_text(path)
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise refuse("YAML aliases, *NAME, are not taken; write the values out")
+        depth = 0
+        for token in yaml.scan(text):
+            kind = type(token).__name__
+            depth += kind.endswith("StartToken") - kind.endswith("EndToken")
+            if isinstance(token, yaml.AliasToken):
+                raise refuse("YAML aliases, *NAME, are not taken; write the values out")
+            if depth > DEPTH:
+                raise refuse("nested too deeply")
         content = yaml.safe_load(text)
     except OSError as error:
         raise FileNotFoundError(f"{path}: cannot be read: {error.strerror}") from error
@@ -118,6 +125,10 @@ def parse_settings(path: Path) -> dict[str, Any]:
         raise refuse("nested too deeply") from None
     except UnicodeDecodeError as error:
         raise refuse(_reason(error)) from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}" if mark else ""
+        raise refuse(f"{' '.join(str(error.problem).split())}{place}") from error
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         if str(error).startswith(f"{path}: "):
             raise
