@@ -172,8 +172,8 @@ def train(
     resume: Annotated[
         Path | None,
         Option(
-            help="Go on with the run in this folder; only --epochs, --device, --precision and "
-            "--workers may change."
+            help="Go on with the run in this folder; only --epochs, --device, --precision, --workers and "
+            "--cache... may change."
         ),
     ] = None,
     device: Annotated[str | None, Option(help="auto, cpu, cuda or cuda:N. [default: auto]")] = None,
@@ -181,6 +181,14 @@ def train(
         str | None, Option(help="32-true, bf16-mixed or 16-mixed. [default: 32-true]")
     ] = None,
     workers: Annotated[int | None, Option(help="Processes that prepare batches. [default: 0]")] = None,
+    cache: Annotated[
+        str | None,
+        Option(help="Where loaded cases are kept: memory, disk or none (read again). [default: memory]"),
+    ] = None,
+    cache_gb: Annotated[float | None, Option(help="Memory for them at most. [default: 4]")] = None,
+    cache_dir: Annotated[
+        Path | None, Option(help="Folder for --cache disk. [default: noisyseg in the user's cache folder]")
+    ] = None,
 ) -> None:
     """Train a network on the sample, a folder or a datalist, and test it against the raters' consensus.
 
@@ -219,6 +227,9 @@ def train(
         "device": device,
         "precision": precision,
         "workers": workers,
+        "cache": cache,
+        "cache_gb": cache_gb,
+        "cache_dir": str(cache_dir) if cache_dir else None,
     }
     given = {name: value for name, value in given.items() if value is not None}
     if resume is None:
@@ -231,7 +242,7 @@ def train(
         if settings is not None:
             raise ValueError("--resume takes its settings from the run's folder, not from --config")
         for name in given:
-            if name not in ("epochs", "device", "precision", "workers"):
+            if name not in ("epochs", "device", "precision", "workers", "cache", "cache_gb", "cache_dir"):
                 raise ValueError(
                     f"--resume takes its settings from {resume / 'config.json'}; "
                     f"--{name.replace('_', '-')} cannot be changed"

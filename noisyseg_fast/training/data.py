@@ -72,8 +72,9 @@ import math
 import operator
 import os
 import re
+import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -82,10 +83,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .. import noise
+from .. import __version__, noise
 from .. import sample as sample_data
 from ..labels import majority_vote
-from . import resample
+from . import cache, resample
 from .untrusted import DataError as DataError
 from .untrusted import first_line, fits, load_npz, memory, parse_json, read_text, short
 
@@ -1101,34 +1102,89 @@ def _unit(cases: Iterable[Case]) -> str:
 
 @dataclass
 class Store:
-    """Loaded cases, kept in memory up to `limit` bytes and read again beyond that."""
+    """Loaded cases, and what was made of them.
+
+    cache: where they are kept. "memory": up to `limit` bytes, read again beyond that. "disk": in `folder`, those of
+    files; each is mapped while it is in use, its pages shared by all processes. "none": read again each time. What
+    comes out is the same, to the bit.
+    """
 
     classes: int = 2
     limit: int = 4 << 30
     raters: bool = False  # keep what each rater drew, not only the consensus
     spacing: tuple[float, ...] | None = None  # resample to it
+    cache: str = "memory"
+    folder: Path | None = None  # of cache "disk"; by default where the platform keeps caches
     _kept: dict[str, Loaded] = field(default_factory=dict)
+    _made: dict[Hashable, Array] = field(default_factory=dict)
     _bytes: int = 0
+
+    def __post_init__(self) -> None:
+        cache.check(self.cache, 0)
 
     def get(self, case: Case) -> Loaded:
         """The case; of an unlabelled one the target is MISSING all over."""
+        if self.cache == "disk" and isinstance(case.image, tuple) and isinstance(case.labels, tuple):
+            return self._mapped(case)
         loaded = self._kept.get(case.id)
         if loaded is None:
-            if len(case.labels):
-                loaded = load(case, self.classes)
-            else:
-                image, spacing = load_image(case)
-                target = np.full(image.shape[1:], MISSING, dtype=np.uint8)
-                loaded = Loaded(image, target, spacing, target[None][:0])
-            if not self.raters:
-                loaded = loaded._replace(raters=loaded.target[None][:0])
-            if self.spacing is not None:
-                loaded = resampled(case, loaded, self.spacing)
+            loaded = self._load(case)
             size = loaded.image.nbytes + loaded.target.nbytes + loaded.raters.nbytes
-            if self._bytes + size <= self.limit:
+            if self._room(size):
                 self._kept[case.id] = loaded
-                self._bytes += size
         return loaded
+
+    def made(self, key: Hashable, make: Callable[[], Array]) -> Array:
+        """What `make` returns, which is always the same for this key; kept in memory while there is room."""
+        found = self._made.get(key)
+        if found is None:
+            found = make()
+            if self._room(found.nbytes):
+                self._made[key] = found
+        return found
+
+    def _room(self, size: int) -> bool:
+        room = self.cache != "none" and self._bytes + size <= self.limit
+        self._bytes += size * room
+        return room
+
+    def _load(self, case: Case) -> Loaded:
+        if len(case.labels):
+            loaded = load(case, self.classes)
+        else:
+            image, spacing = load_image(case)
+            target = np.full(image.shape[1:], MISSING, dtype=np.uint8)
+            loaded = Loaded(image, target, spacing, target[None][:0])
+        if not self.raters:
+            loaded = loaded._replace(raters=loaded.target[None][:0])
+        return loaded if self.spacing is None else resampled(case, loaded, self.spacing)
+
+    def _mapped(self, case: Case) -> Loaded:
+        assert isinstance(case.image, tuple) and isinstance(case.labels, tuple)
+        settings = [__version__, self.classes, self.raters, self.spacing, case.spacing, case.ignore]
+        try:
+            name = cache.name_of([*case.image, *case.labels], settings)
+        except OSError:  # told by the reader
+            return self._load(case)
+        path = (self.folder or cache.default_folder()) / name[:2] / name
+        found = cache.read(path)
+        if found is None:
+            loaded = self._load(case)
+            arrays = {"image": loaded.image, "target": loaded.target, "raters": loaded.raters}
+            if loaded.own is not None:
+                arrays["own"] = loaded.own.target
+            cache.write(path, arrays, [loaded.spacing, loaded.own and loaded.own.spacing])
+            found = cache.read(path)
+            if found is None:  # somebody else removed it
+                return loaded
+        arrays, (spacing, own) = found
+        return Loaded(
+            arrays["image"],
+            arrays["target"],
+            tuple(spacing),
+            arrays["raters"],
+            Own(arrays["own"], tuple(own)) if own else None,
+        )
 
 
 class Shape(NamedTuple):
@@ -1237,7 +1293,7 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
         self.patch, self.items = patch, items or len(self.cases)
         self.raters = max(len(case.labels) for case in self.cases) if store.raters else 0
         self._fuse = fuse
-        self._kept: dict[int, Array] = {}  # what it took work to make
+        self._name = uuid.uuid4().hex  # among the sets of a store
         self._crop = _random_patch(patch)
         self._places: tuple[int, dict[int, int]] = (-1, {})  # an epoch, and where in it each item stands
 
@@ -1247,20 +1303,22 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
     def labels(self, index: int) -> Array:
         """(1 + raters, *S) uint8: the consensus and each rater's, dilated where the case was drawn for
         corruption."""
-        labels = self._kept.get(index)
-        if labels is None:
-            loaded, radius = self.store.get(self.cases[index]), float(self.radii[index])
-            labels = loaded.target[None]
-            if self.raters:
-                absent = np.full((self.raters, *loaded.target.shape), MISSING, dtype=np.uint8)
-                labels = np.concatenate([labels, loaded.raters, absent])[: 1 + self.raters]
-            if radius:
-                labels = np.stack([_dilated(a, radius) for a in labels])
-                self._kept[index] = labels
-            fused = self._fuse(labels[1:]) if self._fuse and self.raters else None
-            if fused is not None:
-                fused = _unless_missing(fused, labels[1:])
-                labels = self._kept[index] = np.concatenate([fused[None], labels[1:]])
+        if self.radii[index] or (self._fuse and self.raters):  # it takes work
+            return self.store.made((self._name, index), lambda: self._labels(index))
+        return self._labels(index)
+
+    def _labels(self, index: int) -> Array:
+        loaded, radius = self.store.get(self.cases[index]), float(self.radii[index])
+        labels = loaded.target[None]
+        if self.raters:
+            absent = np.full((self.raters, *loaded.target.shape), MISSING, dtype=np.uint8)
+            labels = np.concatenate([labels, loaded.raters, absent])[: 1 + self.raters]
+        if radius:
+            labels = np.stack([_dilated(a, radius) for a in labels])
+        fused = self._fuse(labels[1:]) if self._fuse and self.raters else None
+        if fused is not None:
+            fused = _unless_missing(fused, labels[1:])
+            labels = np.concatenate([fused[None], labels[1:]])
         return labels
 
     def label(self, index: int) -> Array:

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from .. import __version__
-from . import evaluate, methods, networks, resample
+from . import cache, evaluate, methods, networks, resample
 from .data import Array, Case, Data, Store, TrainingSet, check, open_data, patch_size
 from .evaluate import Summary
 from .files import write_csv, write_json, written
@@ -86,6 +86,9 @@ class Config:
     device: str = "auto"
     precision: str = "32-true"
     workers: int = 0  # processes that prepare batches
+    cache: str = "memory"  # where loaded cases are kept: memory, disk or none; see data.Store
+    cache_gb: float = 4.0  # of memory at most
+    cache_dir: str | None = None  # of "disk"; None: where the platform keeps caches
     out: str = "runs/train"
 
     def check(self) -> None:
@@ -122,6 +125,7 @@ class Config:
             raise ValueError(f"noise_rate must be between 0 and 1, got {self.noise_rate}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"unknown precision {self.precision!r}; choose from {', '.join(PRECISIONS)}")
+        cache.check(self.cache, self.cache_gb)
         methods.configure(self.method, self.options)
         if self.network is not None:
             networks.get(self.network)
@@ -222,7 +226,14 @@ def train(
     check_needs(config, data)
     method = methods.get(config.method)
     parts = method.needs | method.wants
-    store = Store(data.classes, raters="raters" in parts, spacing=config.spacing)
+    store = Store(
+        data.classes,
+        int(config.cache_gb * 1e9),
+        raters="raters" in parts,
+        spacing=config.spacing,
+        cache=config.cache,
+        folder=Path(config.cache_dir) if config.cache_dir else None,
+    )
     with progress(console) as bars:
         task = bars.add_task("reading", total=len(data.split("all")), note="")
         shape = check(data, store, lambda: bars.advance(task))
