@@ -182,6 +182,7 @@ def nifti(path: Path, whole: bool = True) -> Iterator[Any]:
             raise DataError(f"{path}: cannot be read as NIfTI: it ends in its header")
         header = kind.header_class(block, check=False)
         _check_header(path, header, packed)
+        _check_extensions(path, header, file)
         logger = logging.getLogger("nibabel.global")
         level = logger.level
         logger.setLevel(logging.CRITICAL + 1)
@@ -225,6 +226,19 @@ def _check_header(path: Path, header: Any, packed: bool) -> None:
         raise DataError(
             f"{path}: voxel spacing in the header must be positive and finite, got {_numbers(spacing)}"
         )
+
+
+def _check_extensions(path: Path, header: Any, file: Any) -> None:
+    """nibabel asks for as many bytes of an extension as it says to have."""
+    at, end = header.template_dtype.itemsize + 4, int(header["vox_offset"])
+    file.seek(at - 4)
+    more = file.read(4)[:1] not in (b"", b"\0")
+    while more and at + 8 <= end:
+        file.seek(at)
+        length = int.from_bytes(file.read(4), "little" if header.endianness == "<" else "big", signed=True)
+        if not 8 <= length <= end - at:
+            raise DataError(f"{path}: cannot be read as NIfTI: the extensions of its header are damaged")
+        at += length
 
 
 def _numbers(values: Iterable[float]) -> str:
