@@ -63,7 +63,7 @@ def write(path: Path, arrays: Mapping[str, Array], facts: Any) -> None:
                 file.write(np.ascontiguousarray(array).data if array.size else b"")
                 file.write(bytes(-array.nbytes % ALIGN))
     except OSError as error:
-        why = error.strerror or error
+        why = error.strerror or str(error).rpartition(": ")[2]
         raise OSError(
             f"{path.parent}: the cache cannot be written: {why}; choose another --cache-dir, or --cache none"
         ) from error
