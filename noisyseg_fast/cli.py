@@ -72,6 +72,11 @@ METAVAR = "sample|DIR|JSON|NPZ"
 IGNORE = Option(
     help="The value in masks of pixels without a label (sparse labels), as 255, where the data name none."
 )
+ROOT = Option(help="The folder that a datalist's files lie in. [default: the datalist's own]")
+RESUMABLE = (  # settings that a run may go on with
+    *("epochs", "device", "precision", "workers", "keep", "save_every", "on_nan"),
+    *("cache", "cache_gb", "cache_dir"),
+)
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -115,6 +120,7 @@ def demo(
 @app.command()
 def train(
     data: Annotated[str | None, Option(help=f"{SOURCE} [default: sample]", metavar=METAVAR)] = None,
+    data_root: Annotated[Path | None, ROOT] = None,
     method: Annotated[str | None, Option(help="See `noisyseg methods`. [default: ce]")] = None,
     set_: Annotated[
         list[str] | None, Option("--set", help="An option of the method, as gamma=1.3; repeatable.")
@@ -171,7 +177,7 @@ def train(
         Path | None,
         Option(
             help="Go on with the run in this folder; only --epochs, --device, --precision, --workers, --keep, "
-            "--save-every and --on-nan may change."
+            "--save-every, --on-nan and --cache... may change."
         ),
     ] = None,
     device: Annotated[str | None, Option(help="auto, cpu, cuda or cuda:N. [default: auto]")] = None,
@@ -179,6 +185,14 @@ def train(
         str | None, Option(help="32-true, bf16-mixed or 16-mixed. [default: 32-true]")
     ] = None,
     workers: Annotated[int | None, Option(help="Processes that prepare batches. [default: 0]")] = None,
+    cache: Annotated[
+        str | None,
+        Option(help="Where loaded cases are kept: memory, disk or none (read again). [default: memory]"),
+    ] = None,
+    cache_gb: Annotated[float | None, Option(help="Memory for them at most. [default: 4]")] = None,
+    cache_dir: Annotated[
+        Path | None, Option(help="Folder for --cache disk. [default: noisyseg in the user's cache folder]")
+    ] = None,
     keep: Annotated[
         int | None,
         Option(help="Checkpoints to go on from: last.pt, last-1.pt, the one before it, ... [default: 2]"),
@@ -215,6 +229,7 @@ def train(
 
     given: dict[str, Any] = {
         "data": data,
+        "data_root": str(data_root) if data_root else None,
         "method": method,
         "options": _options(set_) if set_ else None,
         "network": network,
@@ -236,6 +251,9 @@ def train(
         "device": device,
         "precision": precision,
         "workers": workers,
+        "cache": cache,
+        "cache_gb": cache_gb,
+        "cache_dir": str(cache_dir) if cache_dir else None,
         "keep": keep,
         "save_every": save_every,
         "on_nan": on_nan,
@@ -251,7 +269,7 @@ def train(
         if settings is not None:
             raise ValueError("--resume takes its settings from the run's folder, not from --config")
         for name in given:
-            if name not in ("epochs", "device", "precision", "workers", "keep", "save_every", "on_nan"):
+            if name not in RESUMABLE:
                 raise ValueError(
                     f"--resume takes its settings from {resume / 'config.json'}; "
                     f"--{name.replace('_', '-')} cannot be changed"
@@ -273,6 +291,7 @@ def evaluate(
     data: Annotated[str | None, Option(help=f"{SOURCE} [default: the run's]", metavar=METAVAR)] = None,
     split: Annotated[str, Option(help="training, validation, test, meta or all.")] = "test",
     file: Annotated[Path | None, Option("--out", help="CSV with a row for each case.")] = None,
+    data_root: Annotated[Path | None, ROOT] = None,
     ignore_label: Annotated[int | None, IGNORE] = None,
     device: Device = "auto",
 ) -> None:
@@ -292,9 +311,14 @@ def evaluate(
 
     place = pick_device(device)
     state = read_checkpoint(checkpoint)
-    config = config_of(state["config"])
+    try:
+        config = config_of(state["config"])
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: cannot be read as a checkpoint: {error}") from error
     if ignore_label is not None:
         config = dataclasses.replace(config, ignore_label=ignore_label)
+    if data_root is not None:
+        config = dataclasses.replace(config, data_root=str(data_root))
     source = open_run(config, data)
     cases = source.split(split)
     method, spec = load_model(state, place)
@@ -441,6 +465,8 @@ def fuse(
 
     Example: `noisyseg fuse --method staple rater1.nii.gz rater2.nii.gz rater3.nii.gz -o fused.nii.gz`
     """
+    from rich.markup import escape
+
     from .training import fusion
 
     result = fusion.fuse(masks, out_file, method=method, tie=tie, posterior=posterior, classes=classes)
@@ -448,7 +474,7 @@ def fuse(
     for name in ("rater", "sensitivity", "specificity", "Dice"):
         table.add_column(name, justify="left" if name == "rater" else "right", overflow="fold")
     for path, scores in zip(masks, result.scores, strict=True):
-        table.add_row(str(path), *(f"{x:.4f}" for x in scores))
+        table.add_row(escape(str(path)), *(f"{x:.4f}" for x in scores))
     out.print(table)
     out.print(
         f"agreement: mean pairwise Dice {result.dice:.4f}, Fleiss' kappa {result.kappa:.4f}, "

@@ -169,7 +169,13 @@ def test_corrupt_errors(volumes, tmp_path):
     )
     check("target_dice must be between 0 and 1, got 1.5", "--noise", "dilate", "--target-dice", 1.5)
     save_nifti(volumes / "odd.nii.gz", np.full((4, 4, 4), 0.5, np.float32))
-    check(f"{volumes / 'odd.nii.gz'}: labels must be whole numbers", "--noise", "shift", "--set", "offset=1")
+    check(
+        f"{volumes / 'odd.nii.gz'}: labels must be whole numbers, found 0.5",
+        "--noise",
+        "shift",
+        "--set",
+        "offset=1",
+    )
 
 
 # ---- MONAI ------------------------------------------------------------------------------------------

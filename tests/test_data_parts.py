@@ -97,7 +97,7 @@ def test_folder_with_clean_column_missing_raters_and_unlabelled_images(tmp_path)
     with refuses(D.DataError, "two entries have the id case0; rename one"):
         D.open_data(root)
     (root / "patients.csv").write_text("case,patient,clean\ncase0,p0,maybe\n")
-    with refuses(D.DataError, "\"clean\" of case case0 must be true or false, got 'maybe'"):
+    with refuses(D.DataError, "\"clean\" of case 'case0' must be true or false, got 'maybe'"):
         D.open_data(root)
 
 

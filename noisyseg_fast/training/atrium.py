@@ -17,6 +17,7 @@ there. h5py and SimpleITK come with the extra "la".
 from __future__ import annotations
 
 import importlib
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from .data import Array, Case, Data, DataError, Raw, load
+from .untrusted import first_line, fits, memory, read_text, short
 
 SPACING = (0.625, 0.625, 0.625)  # mm, of every scan of the challenge
 FOLDERS = ("2018LA_Seg_Training Set", "2018LA_Seg_Training")
@@ -74,9 +76,15 @@ def open_atrium(root: Path) -> Data:
 def _names(path: Path) -> list[str]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; it holds the names of the cases, one a line")
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as text: {first_line(error)}") from error
     if not names:
         raise DataError(f"{path}: names no case")
+    for name in names:
+        if name in (".", "..") or set(name) & {"/", "\\", "\0"}:
+            raise DataError(f"{path}: {short(name)} is no name of a folder")
     if len(set(names)) < len(names):
         raise DataError(f"{path}: names {max(names, key=names.count)} twice")
     return names
@@ -116,10 +124,22 @@ def _read_h5(path: Path, what: str) -> Raw:
     h5py = _module("h5py", path)
     try:
         with h5py.File(path, "r") as file:
-            array = np.asarray(file[what])
-    except (OSError, KeyError) as error:
-        raise DataError(f'{path}: cannot be read as HDF5 with "image" and "label": {error}') from error
-    if array.ndim != 3:
+            found = file[what] if file.get(what, getlink=True).__class__ is h5py.HardLink else None
+            # External links and storage and virtual data sets would be read from other files.
+            if not isinstance(found, h5py.Dataset) or found.is_virtual or found.external:
+                raise DataError(f'{path}: "{what}" is no array of this file')
+            if found.dtype.kind not in "buif" or found.ndim != 3:
+                raise DataError(
+                    f'{path}: "{what}" has shape {found.shape} and type {found.dtype}; a volume of numbers is needed'
+                )
+            fits(path, found.size * found.dtype.itemsize, path.stat().st_size, packed=True)
+            array = np.asarray(found)
+    except DataError:
+        raise
+    except Exception as error:  # h5py passes on many kinds
+        why = str(error.args[0]) if isinstance(error, KeyError) and error.args else first_line(error)
+        raise DataError(f'{path}: cannot be read as HDF5 with "image" and "label": {why}') from error
+    if not array.size:
         raise DataError(f'{path}: "{what}" has shape {array.shape}; a volume is needed')
     return Raw(_ones(array) if what == "label" else array, SPACING, np.diag([*SPACING, 1.0]))
 
@@ -127,17 +147,79 @@ def _read_h5(path: Path, what: str) -> Raw:
 def _read_nrrd(path: Path, what: str) -> Raw:
     sitk = _module("SimpleITK", path)
     try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise DataError(f"{path}: cannot be read as NRRD: {str(error).strip().splitlines()[-1]}") from error
+        _check_nrrd(path)
+        sitk.ProcessObject.SetGlobalWarningDisplay(False)
+        image = sitk.ReadImage(str(path), imageIO="NrrdImageIO")
+    except DataError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"{path}: cannot be read as NRRD: {lines[-1]}") from error
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise DataError(
+            f"{path}: has {image.GetNumberOfComponentsPerPixel()} components in a voxel; one is needed"
+        )
     array = np.ascontiguousarray(sitk.GetArrayViewFromImage(image).T)  # (x, y, z), as in the h5 files
     if array.ndim != 3:
+        raise DataError(f"{path}: has shape {array.shape}; a volume is needed")
+    if not array.size:
         raise DataError(f"{path}: has shape {array.shape}; a volume is needed")
     affine, spacing = np.eye(4), tuple(float(s) for s in image.GetSpacing())
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * spacing
     affine[:3, 3] = image.GetOrigin()
     affine[:2] *= -1  # from LPS to RAS
     return Raw(_ones(array) if what == "label" else array, spacing, affine)
+
+
+def _check_nrrd(path: Path) -> None:
+    """DataError unless the header (teem.sourceforge.net/nrrd/format.html) announces what this file can hold: ITK would
+    take memory for any size, and read the data from any other file."""
+    fields: dict[str, str] = {}
+    with open(path, "rb") as file:
+        if not file.read(4) == b"NRRD":
+            raise DataError(f"{path}: cannot be read as NRRD: it does not begin as one")
+        file.readline(100)
+        for _ in range(1000):
+            line = file.readline(10_000)
+            if not line.strip():
+                break
+            name, colon, value = line.decode("latin-1").partition(":")
+            if colon and not value.startswith("="):
+                if name.lower() in fields:
+                    raise DataError(f"{path}: its header has {short(name)} twice")
+                fields[name.lower()] = value.strip()
+        begin = file.tell()
+    for name in ("data file", "datafile"):
+        if name in fields:
+            raise DataError(f"{path}: its data are in another file, {short(fields[name])}; store them in one")
+    if fields.get("encoding", "").lower() not in ("raw", "gzip", "gz"):
+        raise DataError(f"{path}: encoding {short(fields.get('encoding'))} is not read; use raw or gzip")
+    kinds = {
+        "8": 1,
+        "16": 2,
+        "32": 4,
+        "64": 8,
+        "char": 1,
+        "short": 2,
+        "int": 4,
+        "long": 8,
+        "float": 4,
+        "double": 8,
+    }
+    itemsize = next((n for kind, n in reversed(kinds.items()) if kind in fields.get("type", "").lower()), 0)
+    sizes = fields.get("sizes", "").split()
+    if (
+        not itemsize
+        or not all(n.isdecimal() and len(n) < 19 and int(n) > 0 for n in sizes)
+        or len(sizes) != 3
+    ):
+        raise DataError(
+            f"{path}: has sizes {short(fields.get('sizes'))} and type {short(fields.get('type'))}; a volume is needed"
+        )
+    packed = fields["encoding"].lower() != "raw"
+    fits(path, math.prod(map(int, sizes)) * itemsize, path.stat().st_size - begin, packed)
+    if not packed and math.prod(map(int, sizes)) * itemsize > memory():
+        raise DataError(f"{path}: does not fit into memory")
 
 
 def _ones(label: Array) -> Array:

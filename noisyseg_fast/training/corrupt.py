@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import noise
 from ..noise import Calibration, Noise
-from .data import Array, DataError, Raw, files, read, suffix
+from .data import Array, DataError, Raw, files, nifti, read, suffix, whole_numbers
 from .files import write_json, written
 
 RECORD, SHEET = "noise.json", "contact_sheet.png"
@@ -181,13 +181,9 @@ def _value(text: str) -> Any:
 
 def _labels(path: Path, raw: Raw) -> Array:
     """Whole numbers >= 0 as int32."""
-    values = raw.array
-    if raw.affine is None and values.ndim != 2:
-        raise DataError(f"{path}: a mask must be a grey PNG, not RGB")
-    if values.dtype.kind not in "buif" or not np.array_equal(values, np.floor(values)):
-        raise DataError(f"{path}: labels must be whole numbers")
-    if values.min(initial=0) < 0 or values.max(initial=0) >= 2**31:
-        raise DataError(f"{path}: labels must be from 0 to 2^31 - 1, got {values.min(initial=0):g}")
+    values = whole_numbers(path, raw)
+    if values.min(initial=0) < 0:
+        raise DataError(f"{path}: labels must not be negative, found {values.min():g}")
     return values.astype(np.int32)
 
 
@@ -221,9 +217,9 @@ def _save(target: Path, mask: Array, source: Path, raw: Raw) -> None:
         return
     import nibabel
 
-    like: Any = nibabel.load(source)
-    header = like.header.copy()
-    image = like.__class__(mask.astype(like.get_data_dtype()).reshape(like.shape), like.affine, header)
+    with nifti(source, whole=False) as like:
+        header = like.header.copy()
+        image = like.__class__(mask.astype(like.get_data_dtype()).reshape(like.shape), like.affine, header)
     with written(target) as temporary:
         nibabel.save(image, temporary)
 

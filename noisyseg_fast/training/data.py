@@ -13,7 +13,7 @@ A folder has the layout of nnU-Net and the Medical Segmentation Decathlon:
 
 The Left Atrium 2018 set has its own layout and lists of cases: atrium.py.
 
-A datalist is MONAI's JSON, with paths relative to it:
+A datalist is MONAI's JSON, with paths relative to its folder, which they must not lead out of, or to open_data(root=):
 
     {"training": [{"image": "a.nii.gz", "label": ["a_rater0.nii.gz", "a_rater1.nii.gz"],
                    "patient": "p1"}, ...],
@@ -64,11 +64,18 @@ stored as its image is. The masks that are written lie in the image's own grid.
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import itertools
-import json
+import logging
 import math
+import operator
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import uuid
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,18 +83,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .. import noise
+from .. import __version__, noise
 from .. import sample as sample_data
 from ..labels import majority_vote
-from . import resample
+from . import cache, resample
+from .untrusted import DataError as DataError
+from .untrusted import first_line, fits, load_npz, memory, parse_json, read_text, short
 
 SUFFIXES = (".nii.gz", ".nii", ".png")
 MISSING = 255  # in a label: nobody drew here
+LARGEST = 1e37  # intensity, so that differences are finite in 32 bits
 Array = np.ndarray[Any, Any]
-
-
-class DataError(ValueError):
-    """What is wrong with the data, with the file's name, in one line."""
 
 
 # ---- reading one file -----------------------------------------------------------------------------
@@ -126,45 +132,138 @@ def read(path: Path, what: str = "image") -> Raw:
 
 
 def _read_nifti(path: Path) -> Raw:
-    import nibabel
-
     try:
-        image = nibabel.load(path)
-        array = np.asarray(image.dataobj)
-        zooms = image.header.get_zooms()
-        unit = image.header.get_xyzt_units()[0]
+        with nifti(path) as image:
+            array = np.asarray(image.dataobj)
+            affine = np.asarray(image.affine, dtype=np.float64)
+            header = image.header
+    except DataError:
+        raise
+    except gzip.BadGzipFile as error:
+        why = "its checksum is wrong" if "CRC" in str(error) else "it is not compressed by gzip"
+        raise DataError(f"{path}: cannot be read as NIfTI: {why}") from error
     except Exception as error:  # nibabel, gzip and zlib each raise their own
-        raise DataError(f"{path}: cannot be read as NIfTI: {_first_line(error)}") from error
+        raise DataError(f"{path}: cannot be read as NIfTI: {first_line(error)}") from error
+    if array.dtype.names:
+        raise DataError(f"{path}: holds colours (RGB); grey intensities or labels are needed")
     shape = array.shape
     while len(shape) > 2 and shape[-1] == 1:  # a 2D image is often stored as a volume of one slice
         shape = shape[:-1]
     if len(shape) not in (2, 3) or not array.size:
         raise DataError(f"{path}: has shape {array.shape}; a 2D image or a 3D volume is needed")
-    millimetres = {"meter": 1e3, "micron": 1e-3}.get(unit, 1.0)
-    spacing = tuple(float(z) * millimetres for z in zooms[: len(shape)])
+    millimetres = {1: 1e3, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)  # metre, micrometre
+    spacing = tuple(float(z) * millimetres for z in header["pixdim"][1 : len(shape) + 1])
+    if not (abs(affine) < 1e18).all():
+        raise DataError(f"{path}: the affine in the header must be finite")
+    return Raw(array.reshape(shape), spacing, affine)
+
+
+@contextmanager
+def nifti(path: Path, whole: bool = True) -> Iterator[Any]:
+    """The nibabel image of a NIfTI file, open; DataError where its header cannot be true. whole: at the end a
+    compressed file's checksum is compared.
+
+    nibabel itself mends a header here and there, with a line on stderr; a spacing that is no length is refused instead.
+    """
+    import nibabel
+
+    packed = path.name.lower().endswith(".gz")
+    with gzip.open(path) if packed else open(path, "rb") as file:
+        start = file.read(4)
+        kinds = {348: nibabel.Nifti1Image, 540: nibabel.Nifti2Image}
+        kind = next(
+            (k for n, k in kinds.items() if start in (n.to_bytes(4, "little"), n.to_bytes(4, "big"))), None
+        )
+        if kind is None:
+            what = "is empty" if not start else f"does not begin as one, but with {start!r}"
+            raise DataError(f"{path}: cannot be read as NIfTI: it {what}")
+        block = start + file.read(kind.header_class.template_dtype.itemsize - 4)
+        if len(block) < kind.header_class.template_dtype.itemsize:
+            raise DataError(f"{path}: cannot be read as NIfTI: it ends in its header")
+        header = kind.header_class(block, check=False)
+        _check_header(path, header, packed)
+        _check_extensions(path, header, file)
+        logger = logging.getLogger("nibabel.global")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL + 1)
+        try:
+            file.seek(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image = kind.from_stream(file) if packed else kind.from_filename(path)
+            yield image
+        finally:
+            logger.setLevel(level)
+        if packed and whole:
+            while file.read(1 << 20):
+                pass
+
+
+def _check_header(path: Path, header: Any, packed: bool) -> None:
+    magic = bytes(header["magic"])[:3]
+    if magic not in (b"n+1", b"n+2"):
+        raise DataError(
+            f"{path}: cannot be read as NIfTI: its magic is {magic!r}, not b'n+1'; store .hdr and .img as one file"
+        )
+    dims = [int(n) for n in header["dim"]]
+    shape = dims[1 : dims[0] + 1]
+    if not 1 <= dims[0] <= 7 or not all(n > 0 for n in shape):
+        raise DataError(f"{path}: has shape {tuple(shape)}; a 2D image or a 3D volume is needed")
+    try:
+        itemsize = header.get_data_dtype().itemsize
+    except Exception:
+        raise DataError(
+            f"{path}: cannot be read as NIfTI: its data type {int(header['datatype'])} is unknown"
+        ) from None
+    offset = float(header["vox_offset"])
+    if not 0 <= offset < 1 << 40:
+        raise DataError(f"{path}: cannot be read as NIfTI: its data begin at byte {offset:g}")
+    fits(path, int(offset) + math.prod(shape) * itemsize, path.stat().st_size, packed)
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    spacing = tuple(float(z) for z in header["pixdim"][1 : len(shape) + 1])
     if not all(0 < s < float("inf") for s in spacing):
-        raise DataError(f"{path}: voxel spacing in the header must be positive and finite, got {spacing}")
-    return Raw(array.reshape(shape), spacing, np.asarray(image.affine, dtype=np.float64))
+        raise DataError(
+            f"{path}: voxel spacing in the header must be positive and finite, got {_numbers(spacing)}"
+        )
+
+
+def _check_extensions(path: Path, header: Any, file: Any) -> None:
+    """nibabel asks for as many bytes of an extension as it says to have."""
+    at, end = header.template_dtype.itemsize + 4, int(header["vox_offset"])
+    file.seek(at - 4)
+    more = file.read(4)[:1] not in (b"", b"\0")
+    while more and at + 8 <= end:
+        file.seek(at)
+        length = int.from_bytes(file.read(4), "little" if header.endianness == "<" else "big", signed=True)
+        if not 8 <= length <= end - at:
+            raise DataError(f"{path}: cannot be read as NIfTI: the extensions of its header are damaged")
+        at += length
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return "(" + ", ".join(f"{v:.6g}" for v in values) + ")"
 
 
 def _read_png(path: Path, palette: bool) -> Raw:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        # From memory: of a file, as many bytes are asked for as a chunk says that it has.
+        with Image.open(io.BytesIO(path.read_bytes()), formats=("PNG",)) as image:
+            fits(path, math.prod(image.size) // 8, path.stat().st_size, packed=True)
             image.load()
             mode, array = image.mode, np.asarray(image)
+    except DataError:
+        raise
     except Exception as error:
-        raise DataError(f"{path}: cannot be read as PNG: {_first_line(error)}") from error
+        why = "it is something else, or cut off" if "identify" in str(error) else first_line(error)
+        raise DataError(f"{path}: cannot be read as PNG: {why}") from error
     if mode == "RGB":
         return Raw(np.moveaxis(array, -1, 0), None, None)
     if mode not in ("1", "L", "I", "I;16") and not (palette and mode == "P"):
         raise DataError(f"{path}: PNG of mode {mode}; use grey (8 or 16 bit) or RGB")
     return Raw(array, None, None)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # ---- cases ----------------------------------------------------------------------------------------
@@ -262,9 +361,14 @@ def load_image(case: Case, wanted: Sequence[float] | None = None) -> tuple[Array
 
 def _size(case: Case, image: Array, spacing: Sequence[float], wanted: Sequence[float]) -> tuple[int, ...]:
     try:
-        return resample.size_of(image.shape[1:], spacing, wanted)
-    except ValueError as error:
+        size = resample.size_of(image.shape[1:], spacing, wanted)
+    except (ValueError, OverflowError) as error:
         raise DataError(f"case {case.id}: {error}") from None
+    if 4 * len(image) * math.prod(size) > memory():
+        raise DataError(
+            f"case {case.id}: its spacing {_numbers(spacing)} resampled to {_numbers(wanted)} does not fit into memory"
+        )
+    return size
 
 
 def resampled(case: Case, loaded: Loaded, wanted: Sequence[float]) -> Loaded:
@@ -317,11 +421,19 @@ def open_image(case: Case) -> tuple[list[Array], Raw]:
         if values.dtype.kind not in "buif":
             raise DataError(f"{path}: intensities must be real numbers, not {values.dtype}")
         planes = values.swapaxes(0, -1) if values.dtype.kind == "f" else ()
-        bad = sum(plane.size - int(np.isfinite(plane).sum()) for plane in planes)
+        bad, largest = 0, 0.0
+        for plane in planes:
+            finite = np.isfinite(plane)
+            count = int(finite.sum())
+            bad += plane.size - count
+            if count == plane.size:
+                largest = max(largest, -float(plane.min()), float(plane.max()))
         if bad:
             raise DataError(
                 f"{path}: {bad} of {values.size} intensities are not finite; replace NaN and infinity"
             )
+        if largest > LARGEST:
+            raise DataError(f"{path}: intensities reach {largest:.3g}, beyond {LARGEST:g}; scale them down")
     rgb = raw.array.ndim == 3 and raw.affine is None
     channels = [channel for r in raws for channel in (r.array if rgb else r.array[None])]
     return [to_ras(channel, raw.affine) for channel in channels], raw
@@ -364,9 +476,7 @@ def _load_mask(path: Path, image_path: Path, image: Raw | None, classes: int, ig
     raw = read(path, "label")
     if image is not None:
         check_geometry(path, raw, image_path, image)
-    values = raw.array
-    if values.dtype.kind not in "buif" or not np.array_equal(values, np.floor(values)):
-        raise DataError(f"{path}: labels must be whole numbers")
+    values = whole_numbers(path, raw)
     ignored = values == ignore if ignore is not None else np.zeros(values.shape, dtype=bool)
     values = np.where(ignored, 0, values)
     if (
@@ -385,6 +495,23 @@ def _load_mask(path: Path, image_path: Path, image: Raw | None, classes: int, ig
             )
     labels = np.where(ignored, MISSING, values)
     return to_ras(labels, image.affine if image is not None else raw.affine).astype(np.uint8)
+
+
+def whole_numbers(path: Path, raw: Raw) -> Array:
+    """The labels in a file; DataError unless they are whole numbers of one colour, within 2^31."""
+    values = raw.array
+    if raw.affine is None and values.ndim != 2:
+        raise DataError(f"{path}: a mask must be a grey PNG, not RGB")
+    if values.dtype.kind not in "buif":
+        raise DataError(f"{path}: labels must be whole numbers, not {values.dtype}")
+    if values.dtype.kind == "f":
+        wrong = values[~(values == np.floor(values))]
+        if wrong.size:
+            raise DataError(f"{path}: labels must be whole numbers, found {wrong.flat[0]:g}")
+    low, high = values.min(initial=0), values.max(initial=0)
+    if low < -(2**31) or high >= 2**31:
+        raise DataError(f"{path}: labels must be within 2^31, found {low if low < -(2**31) else high:g}")
+    return values
 
 
 def check_geometry(path: Path, raw: Raw, image_path: Path, image: Raw, what: str = "its image") -> None:
@@ -446,12 +573,14 @@ def open_data(
     seed: int = 0,
     meta_fraction: float = 0.0,
     ignore_label: int | None = None,
+    root: str | Path | None = None,
 ) -> Data:
     """The sample ("sample"), a folder, a datalist JSON or an .npz, split by patient.
 
     validation, test: shares of the patients, where the data do not say themselves. meta_fraction: share of the
     remaining training patients whose labels are taken for clean, where no case is marked so. ignore_label: the
-    value in masks of pixels without a label, where the data do not name it. Unlabelled images of patients drawn
+    value in masks of pixels without a label, where the data do not name it. root: the folder that a datalist's paths
+    are relative to and must not lead out of, in place of the datalist's own. Unlabelled images of patients drawn
     for validation or test are left out. Of files, nothing but names is read.
     Raises DataError for a source that is missing, empty or malformed, ValueError for shares out of range.
     """
@@ -471,7 +600,11 @@ def open_data(
         if path.is_dir():
             data = _folder(path)
         elif path.is_file():
-            data = _arrays(path, ignore_label) if path.suffix == ".npz" else _datalist(path)
+            data = (
+                _arrays(path, ignore_label)
+                if path.suffix == ".npz"
+                else _datalist(path, None if root is None else Path(root))
+            )
         else:
             raise DataError(f'{path}: no such data; pass "sample", a folder, a datalist .json or an .npz')
     if not data.training:
@@ -583,7 +716,7 @@ def _folder(root: Path) -> Data:
     patients, clean = _patients(root / "patients.csv")
     classes, ignore = 2, None
     if (root / "dataset.json").is_file():
-        classes, ignore = _classes(_json(root / "dataset.json"), root / "dataset.json")
+        classes, ignore = _classes(parse_json(root / "dataset.json"), root / "dataset.json")
     training = [
         replace(case, clean=case.id in clean)
         for case in _folder_cases(root / "imagesTr", root / "labelsTr", patients)
@@ -625,7 +758,7 @@ def _flat(root: Path) -> Data:
     ]
     classes, ignore = 2, None
     if (root / "dataset.json").is_file():
-        classes, ignore = _classes(_json(root / "dataset.json"), root / "dataset.json")
+        classes, ignore = _classes(parse_json(root / "dataset.json"), root / "dataset.json")
     return Data(
         [c for c in cases if c.labels],
         [],
@@ -641,6 +774,11 @@ def _flat(root: Path) -> Data:
 def _check_ids(cases: Iterable[Case], source: Path, advice: str) -> None:
     seen: set[str] = set()
     for case in cases:
+        for name in (case.id, case.patient):
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise DataError(f"{source}: the name {name!a} is not UTF-8") from None
         if case.id in seen:
             raise DataError(f"{source}: two entries have the id {case.id}; {advice}")
         seen.add(case.id)
@@ -687,42 +825,55 @@ def _folder_cases(images: Path, labels: Path, patients: Mapping[str, str]) -> li
 
 
 def files(folder: Path) -> list[Path]:
-    """The image files in a folder, sorted by name."""
-    return sorted(
+    """The image files in a folder, sorted by name. DataError for a name that is no UTF-8, which no report could hold,
+    and for two files of one name but for the suffix."""
+    found = sorted(
         p for p in folder.iterdir() if p.name.lower().endswith(SUFFIXES) and not p.name.startswith(".")
     )
+    stems: dict[str, Path] = {}
+    for path in found:
+        try:
+            path.name.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{folder}: the file name {os.fsencode(path.name)!r} is not UTF-8; rename it"
+            ) from None
+        if stems.setdefault(stem(path), path) is not path:
+            raise DataError(f"{path}: is the same case as {stems[stem(path)].name}; leave one of them")
+    return found
 
 
 def _patients(path: Path) -> tuple[dict[str, str], set[str]]:
     """The patient of each case, and the cases that are marked clean."""
     if not path.is_file():
         return {}, set()
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if not {"case", "patient"} <= set(reader.fieldnames or ()):
+    try:
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        columns, rows = reader.fieldnames or (), list(reader)
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as CSV: {first_line(error)}") from error
+    if not {"case", "patient"} <= set(columns):
+        raise DataError(f"{path}: needs the columns case,patient, has {short(','.join(columns))}")
+    patients: dict[str, str] = {}
+    for number, row in enumerate(rows, 2):
+        case, patient = row["case"], row["patient"]
+        if not case or not patient:
+            raise DataError(f"{path}: row {number} lacks its case or its patient")
+        if patients.setdefault(case, patient) != patient:
             raise DataError(
-                f"{path}: needs the columns case,patient, has {','.join(reader.fieldnames or ())}"
+                f"{path}: case {short(case)} has two patients, {short(patients[case])} and {short(patient)}"
             )
-        rows = list(reader)
     truth = {"true": True, "1": True, "false": False, "0": False, "": False}
     clean = set()
     for row in rows:
         value = (row.get("clean") or "").strip().lower()
         if value not in truth:
-            raise DataError(f'{path}: "clean" of case {row["case"]} must be true or false, got {value!r}')
+            raise DataError(
+                f'{path}: "clean" of case {short(row["case"])} must be true or false, got {short(value)}'
+            )
         if truth[value]:
             clean.add(row["case"])
-    return {row["case"]: row["patient"] for row in rows}, clean
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON: {_first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: must hold a JSON object")
-    return content
+    return patients, clean
 
 
 def _classes(content: Mapping[str, Any], path: Path) -> tuple[int, int | None]:
@@ -732,24 +883,27 @@ def _classes(content: Mapping[str, Any], path: Path) -> tuple[int, int | None]:
         return 2, None
     # nnU-Net writes {"name": 1}, the Decathlon {"1": "name"}.
     try:
-        named = [(v, int(k)) if isinstance(v, str) else (k, int(v)) for k, v in labels.items()]
+        named = [(v, int(k)) if isinstance(v, str) else (k, operator.index(v)) for k, v in labels.items()]
     except (AttributeError, TypeError, ValueError):
         raise DataError(
-            f'{path}: "labels" must be like {{"background": 0, "lesion": 1}}, got {labels}'
+            f'{path}: "labels" must be like {{"background": 0, "lesion": 1}}, got {short(labels)}'
         ) from None
     values = [value for name, value in named if name != "ignore"]
     if sorted(values) != list(range(len(values))) or not 2 <= len(values) <= 255:
-        raise DataError(f'{path}: the values of "labels" must be 0, 1, 2, ..., got {values}')
+        raise DataError(f'{path}: the values of "labels" must be 0, 1, 2, ..., got {short(values)}')
     return len(values), dict(named).get("ignore")
 
 
-def _datalist(path: Path) -> Data:
-    content = _json(path)
+def _datalist(path: Path, root: Path | None = None) -> Data:
+    content = parse_json(path)
     if not isinstance(content.get("training"), list):
         raise DataError(f'{path}: needs a list "training" of {{"image": ..., "label": ...}}')
+    for name in ("validation", "test"):
+        if not isinstance(content.get(name) or [], list):
+            raise DataError(f'{path}: "{name}" must be a list of {{"image": ..., "label": ...}}')
     parts = {
         name: [
-            _entry(path, name, i, entry)
+            _entry(path, name, i, entry, root)
             for i, entry in enumerate(content.get(name) or [])
             if name != "test" or (isinstance(entry, dict) and "label" in entry)
         ]
@@ -769,7 +923,7 @@ def _datalist(path: Path) -> Data:
     )
 
 
-def _entry(path: Path, part: str, index: int, entry: Any) -> Case:
+def _entry(path: Path, part: str, index: int, entry: Any, root: Path | None) -> Case:
     where = f"{path}: {part}[{index}]"
     if not isinstance(entry, dict):
         raise DataError(f"{where} must be an object with image and label")
@@ -781,36 +935,70 @@ def _entry(path: Path, part: str, index: int, entry: Any) -> Case:
             raise DataError(f'{where}: "{key}" must be a file name or a list of them')
         return found
 
-    images = tuple(path.parent / n for n in names("image"))
+    def inside(name: str) -> Path:
+        file = (root or path.parent) / name
+        # By the names alone: symbolic links are followed wherever they lead.
+        if not _absolute(file).is_relative_to(_absolute(root or path.parent)):
+            raise DataError(
+                f"{where}: {name} lies outside {root or path.parent}; move it there, or name a folder that holds all "
+                "files (--data-root)"
+            )
+        return file
+
+    images = tuple(inside(n) for n in names("image"))
     labels: tuple[Path | None, ...] = ()
     if "label" in entry or part != "training":
-        labels = tuple(n and path.parent / n for n in names("label", (str, type(None))))
+        labels = tuple(n and inside(n) for n in names("label", (str, type(None))))
     clean = entry.get("clean", False)
     if not isinstance(clean, bool):
-        raise DataError(f'{where}: "clean" must be true or false, got {clean!r}')
-    name = str(entry.get("id", re.sub(r"_0000$", "", stem(images[0]))))
+        raise DataError(f'{where}: "clean" must be true or false, got {short(clean)}')
+
+    def text(key: str, default: str) -> str:
+        value = entry.get(key)
+        if value is None or value == "":
+            return default
+        if not isinstance(value, (str, int, float)):
+            raise DataError(f'{where}: "{key}" must be text or a number, got {short(value)}')
+        return str(value)
+
+    name = text("id", re.sub(r"_0000$", "", stem(images[0])))
     spacing = entry.get("spacing")
     if spacing is not None:
         try:
-            spacing = tuple(float(s) for s in spacing)
-        except (TypeError, ValueError):
+            spacing = tuple(float(s) for s in spacing) if isinstance(spacing, list) else ()
+        except (TypeError, ValueError, OverflowError):
             spacing = ()
         if not spacing or not all(0 < s < float("inf") for s in spacing):
-            raise DataError(f'{where}: "spacing" must be a list of positive numbers, got {entry["spacing"]}')
-    return Case(name, str(entry.get("patient", name)), images, labels, spacing, clean)
+            raise DataError(
+                f'{where}: "spacing" must be a list of positive numbers, got {short(entry["spacing"])}'
+            )
+    return Case(name, text("patient", name), images, labels, spacing, clean)
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))
 
 
 def _arrays(path: Path, ignore: int | None = None) -> Data:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-    except Exception as error:
-        raise DataError(f"{path}: cannot be read as .npz: {_first_line(error)}") from error
+        return _cases_of(path, load_npz(path), ignore)
+    except DataError:
+        raise
+    except (TypeError, ValueError, IndexError, AttributeError) as error:  # shapes and types nobody thought of
+        raise DataError(f"{path}: its arrays do not fit together: {first_line(error)}") from error
+
+
+def _cases_of(path: Path, found: dict[str, Array], ignore: int | None) -> Data:
     found = _renamed(found)
     for name in ("image", "mask"):
         if name not in found:
             raise DataError(f"{path}: needs the arrays image and mask, has {', '.join(found) or 'none'}")
     image, mask = found["image"], found["mask"]
+    for name, array in (("image", image), ("mask", mask)):
+        if array.ndim < 3 or not array.size:
+            raise DataError(f"{path}: {name} must be (N, *S) with at least one pixel, got {array.shape}")
+        if array.dtype.kind not in "buif":
+            raise DataError(f"{path}: {name} must hold numbers, not {array.dtype}")
     count, size, dims = len(image), image.shape[1:], image.ndim - 1
     if mask.shape == image.shape:
         mask = mask[:, None]
@@ -819,8 +1007,8 @@ def _arrays(path: Path, ignore: int | None = None) -> Data:
             f"{path}: image must be (N, *S) with 2 or 3 axes S and mask (N, *S) or (N, raters, *S), "
             f"got {image.shape} and {found['mask'].shape}"
         )
-    if image.dtype.kind not in "buif" or not np.isfinite(image).all():
-        raise DataError(f"{path}: image must hold finite real numbers")
+    if not np.isfinite(image).all() or (image.dtype.kind == "f" and abs(image).max() > LARGEST):
+        raise DataError(f"{path}: image must hold finite real numbers, within {LARGEST:g}")
     ignored = mask == ignore if ignore is not None else np.zeros(mask.shape, dtype=bool)
     mask = np.where(ignored, 0, mask)
     if mask.dtype.kind not in "bui" or (mask.size and not 0 <= mask.min() <= mask.max() < MISSING):
@@ -928,34 +1116,89 @@ def _unit(cases: Iterable[Case]) -> str:
 
 @dataclass
 class Store:
-    """Loaded cases, kept in memory up to `limit` bytes and read again beyond that."""
+    """Loaded cases, and what was made of them.
+
+    cache: where they are kept. "memory": up to `limit` bytes, read again beyond that. "disk": in `folder`, those of
+    files; each is mapped while it is in use, its pages shared by all processes. "none": read again each time. What
+    comes out is the same, to the bit.
+    """
 
     classes: int = 2
     limit: int = 4 << 30
     raters: bool = False  # keep what each rater drew, not only the consensus
     spacing: tuple[float, ...] | None = None  # resample to it
+    cache: str = "memory"
+    folder: Path | None = None  # of cache "disk"; by default where the platform keeps caches
     _kept: dict[str, Loaded] = field(default_factory=dict)
+    _made: dict[Hashable, Array] = field(default_factory=dict)
     _bytes: int = 0
+
+    def __post_init__(self) -> None:
+        cache.check(self.cache, 0)
 
     def get(self, case: Case) -> Loaded:
         """The case; of an unlabelled one the target is MISSING all over."""
+        if self.cache == "disk" and isinstance(case.image, tuple) and isinstance(case.labels, tuple):
+            return self._mapped(case)
         loaded = self._kept.get(case.id)
         if loaded is None:
-            if len(case.labels):
-                loaded = load(case, self.classes)
-            else:
-                image, spacing = load_image(case)
-                target = np.full(image.shape[1:], MISSING, dtype=np.uint8)
-                loaded = Loaded(image, target, spacing, target[None][:0])
-            if not self.raters:
-                loaded = loaded._replace(raters=loaded.target[None][:0])
-            if self.spacing is not None:
-                loaded = resampled(case, loaded, self.spacing)
+            loaded = self._load(case)
             size = loaded.image.nbytes + loaded.target.nbytes + loaded.raters.nbytes
-            if self._bytes + size <= self.limit:
+            if self._room(size):
                 self._kept[case.id] = loaded
-                self._bytes += size
         return loaded
+
+    def made(self, key: Hashable, make: Callable[[], Array]) -> Array:
+        """What `make` returns, which is always the same for this key; kept in memory while there is room."""
+        found = self._made.get(key)
+        if found is None:
+            found = make()
+            if self._room(found.nbytes):
+                self._made[key] = found
+        return found
+
+    def _room(self, size: int) -> bool:
+        room = self.cache != "none" and self._bytes + size <= self.limit
+        self._bytes += size * room
+        return room
+
+    def _load(self, case: Case) -> Loaded:
+        if len(case.labels):
+            loaded = load(case, self.classes)
+        else:
+            image, spacing = load_image(case)
+            target = np.full(image.shape[1:], MISSING, dtype=np.uint8)
+            loaded = Loaded(image, target, spacing, target[None][:0])
+        if not self.raters:
+            loaded = loaded._replace(raters=loaded.target[None][:0])
+        return loaded if self.spacing is None else resampled(case, loaded, self.spacing)
+
+    def _mapped(self, case: Case) -> Loaded:
+        assert isinstance(case.image, tuple) and isinstance(case.labels, tuple)
+        settings = [__version__, self.classes, self.raters, self.spacing, case.spacing, case.ignore]
+        try:
+            name = cache.name_of([*case.image, *case.labels], settings)
+        except OSError:  # told by the reader
+            return self._load(case)
+        path = (self.folder or cache.default_folder()) / name[:2] / name
+        found = cache.read(path)
+        if found is None:
+            loaded = self._load(case)
+            arrays = {"image": loaded.image, "target": loaded.target, "raters": loaded.raters}
+            if loaded.own is not None:
+                arrays["own"] = loaded.own.target
+            cache.write(path, arrays, [loaded.spacing, loaded.own and loaded.own.spacing])
+            found = cache.read(path)
+            if found is None:  # somebody else removed it
+                return loaded
+        arrays, (spacing, own) = found
+        return Loaded(
+            arrays["image"],
+            arrays["target"],
+            tuple(spacing),
+            arrays["raters"],
+            Own(arrays["own"], tuple(own)) if own else None,
+        )
 
 
 class Shape(NamedTuple):
@@ -974,9 +1217,13 @@ def check(data: Data, store: Store, seen: Callable[[], None] = lambda: None) -> 
     """
     first: tuple[str, int, int] | None = None
     sizes: set[tuple[int, ...]] = set()
+    drawn = False  # anything, in a mask to train on
+    masks = {case.id for part in (data.training, data.meta) for case in part}
     training = {case.id for part in (data.training, data.meta, data.unlabelled) for case in part}
     for case in [*data.split("all"), *data.unlabelled]:
-        image = store.get(case).image
+        loaded = store.get(case)
+        image = loaded.image
+        drawn = drawn or (case.id in masks and bool(((loaded.target > 0) & (loaded.target != MISSING)).any()))
         if first is None:
             first = (case.id, image.shape[0], image.ndim - 1)
         elif first[1:] != (image.shape[0], image.ndim - 1):
@@ -988,6 +1235,8 @@ def check(data: Data, store: Store, seen: Callable[[], None] = lambda: None) -> 
             sizes.add(image.shape[1:])
         seen()
     assert first is not None
+    if not drawn:
+        raise DataError(f"{data.source}: the masks to train on are all background; nothing can be learned")
     return Shape(first[1], sorted(sizes))
 
 
@@ -1058,7 +1307,7 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
         self.patch, self.items = patch, items or len(self.cases)
         self.raters = max(len(case.labels) for case in self.cases) if store.raters else 0
         self._fuse = fuse
-        self._kept: dict[int, Array] = {}  # what it took work to make
+        self._name = uuid.uuid4().hex  # among the sets of a store
         self._crop = _random_patch(patch)
         self._places: tuple[int, dict[int, int]] = (-1, {})  # an epoch, and where in it each item stands
 
@@ -1068,20 +1317,22 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
     def labels(self, index: int) -> Array:
         """(1 + raters, *S) uint8: the consensus and each rater's, dilated where the case was drawn for
         corruption."""
-        labels = self._kept.get(index)
-        if labels is None:
-            loaded, radius = self.store.get(self.cases[index]), float(self.radii[index])
-            labels = loaded.target[None]
-            if self.raters:
-                absent = np.full((self.raters, *loaded.target.shape), MISSING, dtype=np.uint8)
-                labels = np.concatenate([labels, loaded.raters, absent])[: 1 + self.raters]
-            if radius:
-                labels = np.stack([_dilated(a, radius) for a in labels])
-                self._kept[index] = labels
-            fused = self._fuse(labels[1:]) if self._fuse and self.raters else None
-            if fused is not None:
-                fused = _unless_missing(fused, labels[1:])
-                labels = self._kept[index] = np.concatenate([fused[None], labels[1:]])
+        if self.radii[index] or (self._fuse and self.raters):  # it takes work
+            return self.store.made((self._name, index), lambda: self._labels(index))
+        return self._labels(index)
+
+    def _labels(self, index: int) -> Array:
+        loaded, radius = self.store.get(self.cases[index]), float(self.radii[index])
+        labels = loaded.target[None]
+        if self.raters:
+            absent = np.full((self.raters, *loaded.target.shape), MISSING, dtype=np.uint8)
+            labels = np.concatenate([labels, loaded.raters, absent])[: 1 + self.raters]
+        if radius:
+            labels = np.stack([_dilated(a, radius) for a in labels])
+        fused = self._fuse(labels[1:]) if self._fuse and self.raters else None
+        if fused is not None:
+            fused = _unless_missing(fused, labels[1:])
+            labels = np.concatenate([fused[None], labels[1:]])
         return labels
 
     def label(self, index: int) -> Array:

@@ -29,19 +29,20 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 import torch
 
 from .. import __version__
-from . import evaluate, methods, networks, nonfinite, resample
+from . import cache, evaluate, methods, networks, nonfinite, resample
 from .data import Array, Case, Data, Store, TrainingSet, check, open_data, patch_size
 from .evaluate import Summary
 from .files import clear, older, write_csv, write_json
 from .label_errors import Found, explained, find
 from .model import FORMAT, ModelSpec, load_model, pick_device, read_checkpoint, save, spec_dict, spec_of
 from .signals import Asked, Interrupted, in_worker
+from .untrusted import first_line, parse_json, parse_settings, typed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,6 +64,7 @@ class Config:
     """The settings of a run. ValueError names the one that is wrong."""
 
     data: str = "sample"  # or a folder, a datalist or an .npz; see data.py
+    data_root: str | None = None  # the folder that a datalist's files lie in; None: the datalist's own
     method: str = "ce"
     options: Mapping[str, Any] = field(default_factory=dict)  # the method's, in place of its defaults
     network: str | None = None  # None, both: as the method says, which is unet of width 16 for most
@@ -94,6 +96,9 @@ class Config:
     device: str = "auto"
     precision: str = "32-true"
     workers: int = 0  # processes that prepare batches
+    cache: str = "memory"  # where loaded cases are kept: memory, disk or none; see data.Store
+    cache_gb: float = 4.0  # of memory at most
+    cache_dir: str | None = None  # of "disk"; None: where the platform keeps caches
     keep: int = 2  # checkpoints to go on from: last.pt, last-1.pt, which was last.pt before, ...
     save_every: int | None = None  # steps; None: last.pt is written after each epoch only
     # When a loss, or a parameter after a step, is not finite: "stop" before that step, or "skip" it: the run goes on
@@ -137,6 +142,7 @@ class Config:
             raise ValueError(f"noise_rate must be between 0 and 1, got {self.noise_rate}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"unknown precision {self.precision!r}; choose from {', '.join(PRECISIONS)}")
+        cache.check(self.cache, self.cache_gb)
         methods.configure(self.method, self.options)
         if self.network is not None:
             networks.get(self.network)
@@ -162,33 +168,27 @@ def read_config(out: Path) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {out} holds no run to resume")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))["config"]
-        return dataclasses.replace(config_of(values), out=str(out))
+        return dataclasses.replace(config_of(parse_json(path)["config"]), out=str(out))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: is no configuration of this version ({error})") from error
+        line = first_line(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: is no configuration of this version ({line})") from error
 
 
 def load_config(path: Path) -> Config:
     """The settings in a YAML or JSON file: those of Config, the missing ones by default, or a run's config.json,
     which repeats that run, with the method's options as they were then."""
-    import yaml
-
+    content = parse_settings(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if "config" in content:
             content = {**content["config"], "options": content["method_options"]}
-        return config_of({"patch": None, **content})
-    except OSError as error:
-        raise FileNotFoundError(f"{path}: cannot be read: {error.strerror}") from error
-    except (KeyError, TypeError, yaml.YAMLError) as error:
-        line = " ".join(str(error).split())
-        raise ValueError(f"{path}: is no configuration ({line})") from error
+        return config_of(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: is no configuration ({first_line(error)})") from error
 
 
 def config_of(values: Mapping[str, Any]) -> Config:
-    """The settings as config.json and checkpoints keep them."""
-    sizes = {name: values[name] and tuple(values[name]) for name in ("patch", "spacing") if name in values}
-    return Config(**{**values, **sizes})
+    """The settings as config.json and checkpoints keep them; ValueError for unknown ones and other types."""
+    return Config(**typed(values, get_type_hints(Config)))
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,14 @@ def train(
     check_needs(config, data)
     method = methods.get(config.method)
     parts = method.needs | method.wants
-    store = Store(data.classes, raters="raters" in parts, spacing=config.spacing)
+    store = Store(
+        data.classes,
+        int(config.cache_gb * 1e9),
+        raters="raters" in parts,
+        spacing=config.spacing,
+        cache=config.cache,
+        folder=Path(config.cache_dir) if config.cache_dir else None,
+    )
     with progress(console) as bars:
         task = bars.add_task("reading", total=len(data.split("all")), note="")
         shape = check(data, store, lambda: bars.advance(task))
@@ -329,6 +336,7 @@ def open_run(config: Config, source: str | None = None) -> Data:
         seed=config.seed,
         meta_fraction=config.meta_fraction,
         ignore_label=config.ignore_label,
+        root=config.data_root,
     )
 
 

@@ -21,7 +21,7 @@ def written(path: Path, keep: int = 0) -> Iterator[Path]:
     After an error the temporary file is removed and `path` is as it was; an OSError names `path`. The suffix is
     kept for writers that go by it. keep: so many files of older content stay too, as `older` names them.
     """
-    temporary = path.with_name(f".tmp{os.getpid()}-{path.name}")
+    temporary = path.with_name(beside(f".tmp{os.getpid()}-", path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -51,6 +51,15 @@ def clear(folder: Path) -> None:
     """Remove what processes that were killed had begun to write."""
     for path in folder.glob(".tmp*-*"):
         path.unlink(missing_ok=True)
+
+
+def beside(prefix: str, name: str) -> str:
+    """prefix and name as one file name, of a name that is too long for that only its end and a digest."""
+    whole = prefix + name
+    if len(os.fsencode(whole)) <= 255:
+        return whole
+    end = os.fsencode(name)[-40:].decode(errors="ignore")
+    return f"{prefix}{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}-{end}"
 
 
 def _flush(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import labels
-from .data import Array, DataError, Raw, check_geometry, read, suffix
+from .data import Array, DataError, Raw, check_geometry, read, suffix, whole_numbers
 from .predict import write_nifti, write_png
 
 METHODS = ("staple", "majority", "simple", "mean")
@@ -115,7 +115,7 @@ def _read(paths: Sequence[Path], classes: int | None, soft: bool) -> Array:
     first: Raw | None = None
     masks = []
     for path in paths:
-        raw = read(path)
+        raw = read(path, "label")
         if first is None:
             first = raw
         elif (raw.affine is None) != (first.affine is None):
@@ -123,11 +123,12 @@ def _read(paths: Sequence[Path], classes: int | None, soft: bool) -> Array:
         else:
             check_geometry(path, raw, paths[0], first, "the first mask")
         values = raw.array
-        if values.dtype.kind not in "buif" or not np.isfinite(values).all():
-            raise DataError(f"{path}: masks must hold finite numbers")
-        whole = values.dtype.kind in "bui" or np.array_equal(values, np.floor(values))
-        if not whole and not (soft and classes is None):
-            raise DataError(f"{path}: labels must be whole numbers")
+        fractions = soft and classes is None and values.dtype.kind == "f"
+        if fractions and not np.isfinite(values).all():
+            raise DataError(f"{path}: soft masks must be finite, replace NaN and infinity")
+        whole = not fractions or np.array_equal(values, np.floor(values))
+        if whole:
+            values = whole_numbers(path, raw)
         low, high = values.min(), values.max()
         if classes is not None and not 0 <= low <= high < classes:
             bad = int(high if high >= classes else low)

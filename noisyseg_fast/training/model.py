@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from . import methods, networks
 from .files import written
+from .untrusted import first_line, load_tensors, short, typed
 
 FORMAT = 1  # of the checkpoint; raised when old ones can no longer be read
 
@@ -52,19 +52,36 @@ class ModelSpec:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of this package, tensors on the CPU. ValueError when the file is something else."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        with zipfile.ZipFile(path) as parts:  # torch itself does not look at the sums
-            if (part := parts.testzip()) is not None:
-                raise ValueError(f"the checksum of {part} is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: cannot be read as a checkpoint: {line}") from error
+    content = load_tensors(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: is no checkpoint of noisyseg-fast (format {FORMAT})")
-    return content
+    state, model = content.get("method"), content.get("model")
+    try:
+        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+            raise ValueError("it has no weights")
+        if not isinstance(model, dict) or not isinstance(content.get("config", {}), dict):
+            raise ValueError("it does not say what model it is of")
+        content["model"] = typed(model, get_type_hints(ModelSpec), "part of the model")
+        _check_spec(spec_of(content), state)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as a checkpoint: {first_line(error)}") from error
+    return {**content, "file": str(path)}
+
+
+def _check_spec(spec: ModelSpec, state: Mapping[str, Tensor]) -> None:
+    """ValueError unless the model that `spec` describes has these weights; it is built without memory for any."""
+    sizes = {"width": spec.width, "channels": spec.channels, "raters": spec.raters}
+    if spec.spatial_dims not in (2, 3) or not 2 <= spec.classes <= 255 or min(sizes.values()) < 1:
+        raise ValueError("its model has impossible sizes")
+    if len(spec.patch) != spec.spatial_dims or not all(0 < n <= 1 << 16 for n in spec.patch):
+        raise ValueError(f"its patch is {short(spec.patch)}")
+    if spec.spacing is not None and len(spec.spacing) != spec.spatial_dims:
+        raise ValueError(f"its spacing is {short(spec.spacing)}")
+    # Every size of the model is the length of some axis of its weights.
+    longest = max((n for tensor in state.values() for n in tensor.shape), default=0)
+    for name, value in sizes.items():
+        if name != "raters" and value > longest:
+            raise ValueError(f"its weights are not those of a model with {name} {value}")
 
 
 class _File(io.FileIO):
@@ -103,8 +120,15 @@ def load_model(checkpoint: Mapping[str, Any], device: torch.device) -> tuple[met
     spec = spec_of(checkpoint)
     method = spec.build(training=False)
     # last.pt holds more than that.
+    where = f"{checkpoint['file']}: cannot be read as a checkpoint: " if "file" in checkpoint else ""
     needed, state = method.state_dict(), checkpoint["method"]
+    for name, value in needed.items():
+        if name not in state or state[name].shape != value.shape:
+            raise ValueError(f"{where}its weights are not those of its model: {name} is missing or another")
     method.load_state_dict({name: value for name, value in state.items() if name in needed})
+    for name, value in method.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{where}its weights {name} are not finite")
     return method.eval().to(device), spec
 
 

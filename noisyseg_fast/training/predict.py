@@ -42,6 +42,7 @@ from .data import (
     files,
     from_ras,
     load_image,
+    nifti,
     open_image,
     scaled,
     spacing_of,
@@ -49,9 +50,10 @@ from .data import (
     suffix,
     zscore,
 )
-from .files import digest, write_json, written
+from .files import beside, digest, write_json, written
 from .methods import Method
 from .model import ModelSpec
+from .untrusted import first_line, parse_json, short
 from .windows import label_planes, windows_at_once
 
 SLICES = 16  # at most, of a volume that go through a 2D model together
@@ -344,14 +346,19 @@ class Journal:
         if not resume or not self.path.is_file():
             return
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            self.masks = content["masks"]
+            content = parse_json(self.path)
+            self.masks = dict(content["masks"])
             before: Mapping[str, Any] = {name: content[name] for name in self.settings}
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path}: is no list of masks of this version ({error})") from error
+            line = first_line(error).removeprefix(f"{self.path}: ")
+            raise ValueError(f"{self.path}: is no list of masks of this version ({line})") from error
         for name, value in self.settings.items():
             if before[name] != value:
-                what = "another checkpoint" if name == "checkpoint" else f"{name} {before[name]}, not {value}"
+                what = (
+                    "another checkpoint"
+                    if name == "checkpoint"
+                    else f"{name} {short(before[name])}, not {value}"
+                )
                 raise ValueError(
                     f"{self.path}: these masks were made with {what}; choose another --out or leave out --resume"
                 )
@@ -388,7 +395,7 @@ def _images(job: Job) -> list[str]:
 
 
 def _hidden(target: Path) -> Path:
-    return target.with_name(f".partial-{target.name}")
+    return target.with_name(beside(".partial-", target.name))
 
 
 class _Planes:
@@ -412,7 +419,8 @@ class _Planes:
             while len(head := file.read(self.numbers.size)) == self.numbers.size:
                 count, size = self.numbers.unpack(head)
                 try:
-                    piece = np.frombuffer(zlib.decompress(file.read(size)), np.uint8).reshape(count, *shape)
+                    content = zlib.decompressobj().decompress(file.read(size), count * math.prod(shape) + 1)
+                    piece = np.frombuffer(content, np.uint8).reshape(count, *shape)
                 except (zlib.error, ValueError):
                     return
                 self.whole = file.tell()
@@ -447,12 +455,11 @@ def write_nifti(path: Path, mask: Array, like: Path) -> None:
     at all."""
     import nibabel
 
-    source: Any = nibabel.load(like)
-    channels = mask.shape[len(mask.shape) - (mask.size != math.prod(source.shape)) :]
-    image = nibabel.Nifti1Image(mask.reshape(*source.shape, *channels), source.affine, dtype=mask.dtype)
-    # Where the codes say what the affine means (scanner, aligned, ...), keep them; other formats have none.
-    if isinstance(source, nibabel.Nifti1Image):
-        image.header.set_xyzt_units(*source.header.get_xyzt_units())
+    with nifti(like, whole=False) as source:
+        channels = mask.shape[len(mask.shape) - (mask.size != math.prod(source.shape)) :]
+        image = nibabel.Nifti1Image(mask.reshape(*source.shape, *channels), source.affine, dtype=mask.dtype)
+        # The codes say what the affine means: scanner, aligned, ...
+        image.header["xyzt_units"] = source.header["xyzt_units"]
         image.set_qform(source.get_qform(), int(source.header["qform_code"]))
         image.set_sform(source.get_sform(), int(source.header["sform_code"]))
     with written(path) as temporary:
