@@ -223,9 +223,11 @@ def _one(x: Any, name: str) -> Namespace:
             _TORCH[x.device] = space
         if x.dtype not in _TORCH_CODE:
             _check_known(name, x.dtype)
-        # Its memory holds the opposite of its values. (The compiler cannot trace is_neg, and makes no such views.)
-        if not torch.compiler.is_compiling() and x.is_neg():
-            raise TypeError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
+        if not torch.compiler.is_compiling():  # which cannot trace these, and makes no such tensors
+            if x.is_neg():  # its memory holds the opposite of its values
+                raise TypeError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
+            if not _has_memory(torch, x):
+                raise ValueError(f"{name} has no memory of its own (freed, fake or wrapped); pass a plain tensor")
         return space
     if isinstance(x, np.ndarray):
         _check_known(name, x.dtype.newbyteorder("="))
@@ -235,7 +237,7 @@ def _one(x: Any, name: str) -> Namespace:
         _check_known(name, x.dtype)
         device = int(x.device.id)
         return _CUPY.setdefault(device, _Cupy(device))
-    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
+    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__") and not isinstance(x, type):
         if int(x.__dlpack_device__()[0]) != 1:
             raise TypeError(f"{name} is a {type(x).__name__} on a GPU; pass torch.from_dlpack({name})")
         if not hasattr(x, "shape"):
@@ -247,10 +249,21 @@ def _one(x: Any, name: str) -> Namespace:
             raise TypeError(f"{name} is a {type(x).__name__} that NumPy cannot take: {error}") from error
         _check_known(name, seen.dtype)
         _check_numpy(name, seen)
+        if tuple(x.shape) != seen.shape:
+            raise ValueError(f"{name} says that its shape is {tuple(x.shape)}, but its DLPack holds {seen.shape}")
         return foreign
     raise TypeError(
         f"{name} must be a torch tensor, a NumPy or CuPy array or a DLPack object, not {type(x).__name__}"
     )
+
+
+def _has_memory(torch: Any, x: Any) -> bool:
+    """Whether x's elements lie where it says: not of storage that was resized to 0, nor of wrapper subclasses.
+    What a transform of torch.func wraps has its memory inside, and comes by here once more without the wrapper."""
+    try:
+        return bool(x.data_ptr()) or not x.numel()
+    except RuntimeError:
+        return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 def _check_known(name: str, dtype: Any) -> None:

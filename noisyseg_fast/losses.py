@@ -331,8 +331,7 @@ def boundary_loss(
     leaves channel 0 out, of the mean too. weight, mask, reduction ("none": the map (B, *S)): as `pixel_loss`.
     """
     options = Options(_index("activation", activation, ACTIVATIONS), pixel=PIXEL_KINDS.index("boundary"))
-    if distance_map is None:
-        raise TypeError("distance_map must be an array, not None")
+    _given(logits=logits, distance_map=distance_map)
     shape = tuple(logits.shape)
     if len(shape) > 1 and tuple(distance_map.shape) == (shape[0], *shape[2:]) != shape and shape[1] == 1:
         distance_map = distance_map[:, None]
@@ -368,8 +367,7 @@ def consistency_loss(
     options = Options(
         _index("activation", activation, ACTIVATIONS), **_pixel_options(kind, 1, 0), target_is_logits=True
     )
-    if target_logits is None:
-        raise TypeError("target_logits must be an array, not None")
+    _given(logits=logits, target_logits=target_logits)
     if tuple(target_logits.shape) != tuple(logits.shape):
         raise ValueError(
             f"target_logits has shape {tuple(target_logits.shape)}; it must be that of logits, "
@@ -506,13 +504,18 @@ def _dice_and(
 # ---- checks ---------------------------------------------------------------------------------------
 
 
+def _given(**arrays: Any) -> None:
+    """TypeError for what is not there or no array."""
+    for name, x in arrays.items():
+        if x is None:
+            raise TypeError(f"{name} must be an array, not None")
+        _arrays.of(**{name: x})
+
+
 def _check(
     space: _arrays.Namespace, logits: Any, target: Any, weight: Any, mask: Any, options: Options
 ) -> tuple[Any, Any, Any]:
     """Checks what the kernels rely on; target, weight and mask come back as (B, *S) or (B, C, *S) views."""
-    for name, x in (("logits", logits), ("target", target)):
-        if x is None:
-            raise TypeError(f"{name} must be an array, not None")
     shape = tuple(logits.shape)
     if not 2 <= len(shape) <= _arrays.MAX_RANK:
         raise ValueError(
@@ -597,6 +600,8 @@ def _loss(
             raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")
         options = options._replace(has_ignore=True, ignore=int(ignore_index))
     logits, target, weight, mask, class_weight = arrays
+    if logits is None or target is None:
+        _given(logits=logits, target=target)
     space = _arrays.of(logits=logits, target=target, weight=weight, mask=mask)
     target, weight, mask = _check(space, logits, target, weight, mask, options)
     if class_weight is not None:

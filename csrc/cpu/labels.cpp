@@ -204,11 +204,11 @@ struct Em {
   uint8_t* digits;   // (slots, M)
 };
 
-Em em_at(char* p, int64_t slots, int64_t raters, int64_t classes, int64_t* bytes) {
-  const char* const begin = p;
+Em em_at(char* begin, int64_t slots, int64_t raters, int64_t classes, int64_t* bytes) {
+  int64_t at = 0;
   const auto take = [&](int64_t n) {
-    char* const here = p;
-    p += (n + 63) / 64 * 64;
+    char* const here = begin ? begin + at : nullptr;  // null: only how much
+    at += (n + 63) / 64 * 64;
     return here;
   };
   Em em;
@@ -218,7 +218,7 @@ Em em_at(char* p, int64_t slots, int64_t raters, int64_t classes, int64_t* bytes
   em.prior = reinterpret_cast<double*>(take(classes * 8));
   em.slot = reinterpret_cast<int32_t*>(take(slots * 4));
   em.digits = reinterpret_cast<uint8_t*>(take(slots * raters));
-  if (bytes) *bytes = p - begin;
+  if (bytes) *bytes = at;
   return em;
 }
 

@@ -273,6 +273,8 @@ static inline void check_polygons(const Array& vertices, const Array& first, con
   need(vertices.dtype == DType::i32 && vertices.rank == 3 && vertices.shape[2] == 2,
        "vertices must be int32 (P, m, 2)");
   need(out.dtype == DType::u8 && out.rank == 3, "out must be uint8 (B, H, W)");
+  need(out.shape[1] <= 1 << 20 && out.shape[2] <= 1 << 20,
+       "polygons are filled in images of up to 2^20 rows and columns");
   need(first.dtype == DType::i64 && first.shape[0] == out.shape[0] + 1, "first must be int64 (B + 1)");
 }
 
