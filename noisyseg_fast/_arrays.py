@@ -153,7 +153,7 @@ class _Cupy(Namespace):
             return (self.device, self._cupy.cuda.get_current_stream().ptr, 0)
 
 
-class _Dlpack(Namespace):
+class Dlpack(Namespace):
     """A foreign CPU array: seen through NumPy, given back through its own from_dlpack, if it has one."""
 
     name = "dlpack"
@@ -161,14 +161,14 @@ class _Dlpack(Namespace):
     def __init__(self, like: Any) -> None:
         self._numpy = _Numpy()
         self._like = like
-        self._seen: dict[int, np.ndarray[Any, Any]] = {}  # also keeps alive what an exporter had to copy
+        self.seen: dict[int, np.ndarray[Any, Any]] = {}  # also keeps alive what an exporter had to copy
 
     def as_numpy(self, x: Any) -> np.ndarray[Any, Any]:
         if isinstance(x, np.ndarray):
             return x
-        seen = self._seen.get(id(x))
+        seen = self.seen.get(id(x))
         if seen is None:
-            seen = self._seen[id(x)] = np.from_dlpack(x)
+            seen = self.seen[id(x)] = np.from_dlpack(x)
         return seen
 
     def view(self, x: Any) -> View:
@@ -238,14 +238,16 @@ def _one(x: Any, name: str) -> Namespace:
         device = int(x.device.id)
         return _CUPY.setdefault(device, _Cupy(device))
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__") and not isinstance(x, type):
-        if int(x.__dlpack_device__()[0]) != 1:
-            raise TypeError(f"{name} is a {type(x).__name__} on a GPU; pass torch.from_dlpack({name})")
-        if not hasattr(x, "shape"):
-            raise TypeError(f"{name} is a {type(x).__name__} without a shape; pass numpy.from_dlpack({name})")
-        foreign = _Dlpack(x)
+        foreign = Dlpack(x)
         try:
+            if int(x.__dlpack_device__()[0]) != 1:
+                raise TypeError(f"{name} is a {type(x).__name__} on a GPU; pass torch.from_dlpack({name})")
+            if not hasattr(x, "shape"):
+                raise TypeError(f"{name} is a {type(x).__name__} without a shape; pass numpy.from_dlpack({name})")
             seen = foreign.as_numpy(x)
         except Exception as error:
+            if str(error).startswith(f"{name} is"):
+                raise
             raise TypeError(f"{name} is a {type(x).__name__} that NumPy cannot take: {error}") from error
         _check_known(name, seen.dtype)
         _check_numpy(name, seen)
@@ -294,7 +296,9 @@ def of(**arrays: Any) -> Namespace:
         space = _one(x, name)
         if first is None:
             first, first_name = space, name
-        elif space is not first and not (space.name == first.name == "dlpack"):
+        elif isinstance(space, Dlpack) and isinstance(first, Dlpack):
+            first.seen.update(space.seen)  # exported once: a capsule may be good for one use
+        elif space is not first:
             if space.name != first.name:
                 raise TypeError(
                     f"{first_name} is a {first.name} array and {name} a {space.name} array; "
@@ -305,7 +309,7 @@ def of(**arrays: Any) -> Namespace:
                 "move them to the same device"
             )
     if first is None:
-        raise TypeError("at least one array is needed")
+        raise TypeError(f"{next(iter(arrays))} must be an array, not None")
     if first.device >= 0:
         _need_cuda()
     return first

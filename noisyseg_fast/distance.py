@@ -278,7 +278,7 @@ def _narrow(mask: Any, space: _arrays.Namespace) -> Any:
     """int64 labels that the CPU's int32 does not hold, numbered anew; 0 stays 0."""
     if space.dtype(mask) != "int64" or 0 in mask.shape:
         return mask
-    values = np.from_dlpack(mask) if space.name == "dlpack" else np.asarray(mask)
+    values = space.as_numpy(mask) if isinstance(space, _arrays.Dlpack) else np.asarray(mask)
     if values.min() >= -(2**31) and values.max() < 2**31:
         return mask
     found, number = np.unique(values, return_inverse=True)

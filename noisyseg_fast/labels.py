@@ -293,7 +293,7 @@ def label_sampling(
     """
     v = _votes(annotations, present, None, None, spatial_dims, _arrays.FLOATS)
     chosen, there = _draw(v, generator)
-    masks = np.from_dlpack(annotations) if v.space.name == "dlpack" else annotations
+    masks = v.space.as_numpy(annotations) if isinstance(v.space, _arrays.Dlpack) else annotations
     masks = masks if v.batched else masks[None]
     if v.space.name == "torch":
         import torch

@@ -505,11 +505,11 @@ def _dice_and(
 
 
 def _given(**arrays: Any) -> None:
-    """TypeError for what is not there or no array."""
+    """TypeError for what is not there, or no array, or another kind of array than the first."""
     for name, x in arrays.items():
         if x is None:
             raise TypeError(f"{name} must be an array, not None")
-        _arrays.of(**{name: x})
+    _arrays.of(**arrays)
 
 
 def _check(

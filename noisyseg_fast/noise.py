@@ -242,7 +242,7 @@ def deform(
     coefficients[:, 3 - dims :] = _spline_coefficients(grid).reshape((-1, dims, *lead, *grid.shape[2:]))
     full = np.tile(np.eye(3, 4), (count, 1, 1))
     full[:, 3 - dims :, 3 - dims :] = matrix
-    items = batch.items
+    items = _plain(batch.items, True)
     if order == 1 and batch.space.dtype(items) not in ("float32", "float64"):
         items = _cast(batch, items, "float32")
     image = _contiguous(items).reshape((count, *lead, *batch.spatial))
@@ -251,6 +251,9 @@ def deform(
     if count:
         given = (image, _device(batch, coefficients), _device(batch, full), order == 1, float(fill), out)
         _run(_core.deform, space, *given)
+    if items is not batch.items and order == 0:  # another integer dtype than the kernels'
+        dtype = batch.items.dtype
+        out = out.to(dtype) if hasattr(out, "to") else out.astype(dtype)
     return _restore(batch, out.reshape((count, *batch.spatial)))
 
 
@@ -622,11 +625,13 @@ def calibrate(
     if unreachable not in ("error", "closest"):
         raise ValueError(f"unreachable must be error or closest, got {unreachable!r}")
     if isinstance(masks, (list, tuple)):
+        _arrays.of(**{f"masks[{i}]": _plain(m, False) for i, m in enumerate(masks)})
         batches = [_batch(m[None], len(m.shape)) for m in masks]
         seeds: list[Any] = [[r] for r in seed] if isinstance(seed, (list, tuple, np.ndarray)) else []
         if len(seeds) != len(masks) or not masks:
             raise ValueError(f"a list of {len(masks)} masks needs as many seeds, at least one")
     else:
+        _arrays.of(masks=_plain(masks, False))
         batches = [_batch(masks, len(masks.shape) - 1 if spatial_dims is None else spatial_dims)]
         seeds = [seed if isinstance(seed, (list, tuple, np.ndarray)) else _one_seed(seed)]
     longest = [max(sides) for sides in zip(*(b.spatial for b in batches), strict=True)]
@@ -710,6 +715,7 @@ def dice_of(noisy: Any, clean: Any, *, spatial_dims: int | None = None) -> NDArr
     """Dice of each noisy mask against the clean one, (B,); 1 where both are empty. Nonzero is object."""
     from .metrics import overlap_metrics
 
+    _arrays.of(noisy=_plain(noisy, False), clean=_plain(clean, False))
     batch, other = _batch(clean, spatial_dims, "clean"), _batch(noisy, spatial_dims, "noisy")
     if not batch.size:
         return np.zeros(0)
@@ -749,6 +755,7 @@ def simulate_raters(
     low noise, 0.7: high noise; it states no other parameter). An operator that cannot come as far (a spline through
     three points of a round object) goes as far as it can: see `calibrations[k].dice`. masks: (B, *S).
     """
+    _arrays.of(masks=_plain(masks, False))
     batch = _batch(masks, len(masks.shape) - 1 if spatial_dims is None else spatial_dims)
     random = _generators(seed, batch.size, _RATERS)
     drawn, calibrations = [], []
@@ -792,7 +799,8 @@ def corrupt(
     masks: (N, *S). Returns the corrupted masks, 0 and 1 in the same shape and dtype, and the radii (N,) in
     pixels. The paper does not name the structuring element; here it is the Euclidean disk of `dilate`.
     """
-    if not len(masks):
+    _arrays.of(masks=_plain(masks, False))
+    if not masks.shape or not masks.shape[0]:
         raise ValueError(f"masks must hold at least one mask, got shape {tuple(masks.shape)}")
     radii = corruption_radii(len(masks), rate, max_radius, seed)
     dims = masks.ndim - 1 if spatial_dims is None else spatial_dims
@@ -801,6 +809,7 @@ def corrupt(
 
 def dilate_labels(labels: Any, radius: float) -> Any:
     """`dilate` for a label map (*S): each class grows over background only, smaller labels first."""
+    _batch(labels, None, "labels")
     if radius == 0:
         return labels
     grown = labels * 1  # a copy, whatever the array's kind
@@ -825,8 +834,8 @@ class _Batch(NamedTuple):
 
 def _batch(masks: Any, spatial_dims: int | None, name: str = "masks") -> _Batch:
     given = _arrays.of(**{name: _plain(masks, False)})
-    if given.name == "dlpack":
-        masks = np.from_dlpack(masks)
+    if isinstance(given, _arrays.Dlpack):
+        masks = given.as_numpy(masks)
     space = _arrays.of(**{name: _plain(masks, False)})
     shape = tuple(masks.shape)
     dims = len(shape) if spatial_dims is None else spatial_dims

@@ -134,8 +134,10 @@ def _plain() -> list[Operation]:
 
     def d(x: Any, lead: int = 1) -> int:
         """The spatial axes of x; of what is no array some number, for the operation to complain."""
-        shape = getattr(x, "shape", None)
-        return len(shape) - lead if isinstance(shape, tuple) else 2
+        try:
+            return min(max(len(x.shape) - lead, 1), 3)
+        except (AttributeError, TypeError, RuntimeError):
+            return 2
 
     add("distance.distance_transform_edt", one("mask", masks), lambda mask: distance.distance_transform_edt(mask, spatial_dims=d(mask)))
     add("distance.distance_transform_edt, labels", one("mask", classes), lambda mask: distance.distance_transform_edt(mask, 0.5, spatial_dims=d(mask), multi_label=True, dtype="float64"))

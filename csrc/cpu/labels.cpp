@@ -361,6 +361,7 @@ bool vote_patterns(const Array& annotations, const Array& extra, const Array& pr
                    const VoteOptions& options, const Array& index, const Array& keys, const Array& counts,
                    void* workspace, const Exec& exec) {
   const Votes votes(annotations, extra, present, options);
+  formulas::check_patterns(votes.rules, votes.raters);
   const int64_t slots = counts.shape[1];
   const int threads = threads_for(exec, votes.layout.batch * votes.layout.pixels() * votes.raters);
   int64_t* const count = static_cast<int64_t*>(counts.data);
@@ -378,6 +379,7 @@ bool vote_patterns(const Array& annotations, const Array& extra, const Array& pr
 void vote_codes(const Array& annotations, const Array& extra, const Array& present,
                 const VoteOptions& options, const Array& codes, const Exec& exec) {
   const Votes votes(annotations, extra, present, options);
+  formulas::check_patterns(votes.rules, votes.raters);
   const int64_t pixels = votes.layout.pixels();
   const int threads = threads_for(exec, votes.layout.batch * pixels * votes.raters);
   for_parts(votes.layout.batch, parts_of(pixels), threads, [&](int64_t b, int64_t p, int) {
@@ -450,6 +452,7 @@ size_t majority_vote_workspace(int64_t slots) { return static_cast<size_t>(slots
 void majority_vote(const Array& annotations, const Array& present, const VoteOptions& options, Tie tie,
                    int64_t tie_value, int64_t slots, const Array& out, void* workspace, const Exec& exec) {
   const Votes votes(annotations, {}, present, options);
+  formulas::check_patterns(votes.rules, votes.raters);
 #define VOTE(T) \
   vote(votes, tie, tie_value, slots, static_cast<T*>(out.data), static_cast<T*>(workspace), exec)
   switch (out.dtype) {

@@ -285,6 +285,9 @@ static inline Deformation deformation(const Array& image, const Array& coefficie
        "coefficients and affine must be float64");
   need(!o.linear || image.dtype == DType::f32 || image.dtype == DType::f64,
        "linear needs float32 or float64");
+  const double top = image.dtype == DType::i64 ? 9e18 : image.dtype == DType::i32 ? 2147483647.0 : 255.0;
+  need(image.dtype >= DType::f16 || (o.fill <= top && o.fill >= (top > 255 ? -top : 0)),
+       "fill must be a value of the image's dtype");
   Deformation d = {};
   d.items = image.shape[0];
   need(coefficients.shape[0] == d.items && coefficients.shape[1] == 3 && affine.shape[0] == d.items &&

@@ -91,8 +91,8 @@ Tensor labels(const Shape& shape, DType dtype, int64_t count, bool strange = tru
   Tensor t = array(shape, dtype);
   fill(t, -1, [&](int64_t, int64_t) {
     if (dtype == DType::b8) return static_cast<double>(pick(2));
-    if (strange && chance(40)) return pick({255.0, 254.0, 3.0});
-    return static_cast<double>(pick(count));
+    if (strange && chance(40) && dtype != DType::f16) return pick({255.0, 254.0, 3.0});
+    return static_cast<double>(pick(dtype == DType::u8 ? std::min<int64_t>(count, 256) : count));
   });
   return t;
 }
