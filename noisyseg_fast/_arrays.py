@@ -227,7 +227,9 @@ def _one(x: Any, name: str) -> Namespace:
             if x.is_neg():  # its memory holds the opposite of its values
                 raise TypeError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
             if not _has_memory(torch, x):
-                raise ValueError(f"{name} has no memory of its own (freed, fake or wrapped); pass a plain tensor")
+                raise ValueError(
+                    f"{name} has no memory of its own (freed, fake or wrapped); pass a plain tensor"
+                )
         return space
     if isinstance(x, np.ndarray):
         _check_known(name, x.dtype.newbyteorder("="))
@@ -243,7 +245,9 @@ def _one(x: Any, name: str) -> Namespace:
             if int(x.__dlpack_device__()[0]) != 1:
                 raise TypeError(f"{name} is a {type(x).__name__} on a GPU; pass torch.from_dlpack({name})")
             if not hasattr(x, "shape"):
-                raise TypeError(f"{name} is a {type(x).__name__} without a shape; pass numpy.from_dlpack({name})")
+                raise TypeError(
+                    f"{name} is a {type(x).__name__} without a shape; pass numpy.from_dlpack({name})"
+                )
             seen = foreign.as_numpy(x)
         except Exception as error:
             if str(error).startswith(f"{name} is"):
@@ -252,7 +256,9 @@ def _one(x: Any, name: str) -> Namespace:
         _check_known(name, seen.dtype)
         _check_numpy(name, seen)
         if tuple(x.shape) != seen.shape:
-            raise ValueError(f"{name} says that its shape is {tuple(x.shape)}, but its DLPack holds {seen.shape}")
+            raise ValueError(
+                f"{name} says that its shape is {tuple(x.shape)}, but its DLPack holds {seen.shape}"
+            )
         return foreign
     raise TypeError(
         f"{name} must be a torch tensor, a NumPy or CuPy array or a DLPack object, not {type(x).__name__}"
@@ -313,6 +319,11 @@ def of(**arrays: Any) -> Namespace:
     if first.device >= 0:
         _need_cuda()
     return first
+
+
+def indexable(space: Namespace, x: Any) -> Any:
+    """x, or what NumPy sees of a DLPack object that is nothing more."""
+    return space.as_numpy(x) if isinstance(space, Dlpack) and not hasattr(x, "__getitem__") else x
 
 
 def of_torch(x: Any) -> Namespace:

@@ -98,6 +98,8 @@ def nr_dice_loss(
     reduction: "mean" over images and classes, "sum", "image" (mean over classes), or "none": (B, C'), or (C',)
     with per_image=False. An image with every pixel masked has loss 0, an empty batch too. The rest: module.
 
+    Extra memory: 0 bytes per pixel, with return_grad as much as logits.
+
     >>> loss = nr_dice_loss(logits, labels)          # (B, 1, H, W) float, (B, H, W) uint8
     >>> loss.backward()
     """
@@ -129,6 +131,8 @@ def dice_loss(
 
     denominator="squared": Milletari et al. 2016 (Wang et al. eq. 1); "linear": sum p + sum g, Soerensen,
     equal to MONAI's DiceLoss(sigmoid=True, smooth_nr=eps, smooth_dr=eps). The rest as in `nr_dice_loss`.
+
+    Extra memory: 0 bytes per pixel, with return_grad as much as logits.
     """
     options = _region_options(
         "dice", activation, denominator, per_image, include_background, label_smoothing, eps
@@ -157,6 +161,8 @@ def focal_dice_loss(
 
     beta > 0; PyMIC's `FocalDiceLoss` asks for beta >= 1, denominator="linear", softmax and per_image=False. A
     Dice of exactly 0 (eps = 0, no overlap) has slope 0. The rest as in `nr_dice_loss`.
+
+    Extra memory: 0 bytes per pixel, with return_grad as much as logits.
     """
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta must be positive, got {beta}")
@@ -190,6 +196,8 @@ def generalized_dice_loss(
     smooth_dr = eps; batch=True is per_image=False). Where all classes are absent (include_background=False)
     every v is 1, where MONAI has 0 and no gradient. reduction="none": (B,), or () with per_image=False. No
     gradient flows through v, since it depends on the target alone. The rest as in `nr_dice_loss`.
+
+    Extra memory: 0 bytes per pixel, with return_grad as much as logits.
     """
     options = _region_options(
         "generalized_dice", activation, denominator, per_image, include_background, label_smoothing, eps
@@ -233,6 +241,8 @@ def pixel_loss(
     not normalise, as in MCPM eq. 1. "image" the same for each image. "none" gives the loss map (B, *S),
     weighted. The rest: module.
 
+    Extra memory: 0 bytes per pixel (the map's with reduction="none"), with return_grad as much as logits.
+
     >>> loss_map = pixel_loss(logits, labels, kind="gce", q=0.7, reduction="none")
     """
     if kind == "boundary":
@@ -268,6 +278,8 @@ def dice_ce_loss(
 
     The plain sum is Wang et al., TMI 2020, Table I; UA-MT, DTML and SSL4MIS take 0.5 of each. class_weight and
     include_background=False concern one part alone: CE and Dice. reduction: "mean", "sum" or "image".
+
+    Extra memory: 0 bytes per pixel, with return_grad as much as logits.
     """
     return _dice_and(
         _pixel_options("ce", 1, 0),
@@ -300,7 +312,10 @@ def dice_mae_loss(
     reduction: str = "mean",
     return_grad: bool = False,
 ) -> Any:
-    """dice_weight * `dice_loss` + mae_weight * `pixel_loss(kind="mae")` from one reading; see `dice_ce_loss`."""
+    """dice_weight * `dice_loss` + mae_weight * `pixel_loss(kind="mae")` from one reading; see `dice_ce_loss`.
+
+    Extra memory: 0 bytes per pixel, with return_grad as much as logits.
+    """
     return _dice_and(
         _pixel_options("mae", 1, 0),
         (dice_weight, mae_weight),
@@ -329,6 +344,8 @@ def boundary_loss(
     distance_map phi (B, C, *S), any dtype, negative inside each class:
     `signed_distance_map(masks, convention="kervadec")`. With one channel also (B, *S). include_background=False
     leaves channel 0 out, of the mean too. weight, mask, reduction ("none": the map (B, *S)): as `pixel_loss`.
+
+    Extra memory: 0 bytes per pixel (the map's with reduction="none"), with return_grad as much as logits.
     """
     options = Options(_index("activation", activation, ACTIVATIONS), pixel=PIXEL_KINDS.index("boundary"))
     _given(logits=logits, distance_map=distance_map)
@@ -361,6 +378,8 @@ def consistency_loss(
     Both (B, C, *S), of any float dtypes. kind "mse" (mean teacher, UA-MT: mean over classes), "mae" (Wang et
     al., TMI 2020, eq. 4) or "kl" (sum over classes of t ln(t / p), t the teacher's); definitions and the other
     arguments as in `pixel_loss`. UA-MT's certainty mask goes to mask, and the mean is then over its pixels.
+
+    Extra memory: 0 bytes per pixel (the map's with reduction="none"), with return_grad as much as logits.
     """
     if kind not in ("mse", "mae", "kl"):
         raise ValueError(f"kind must be one of mse, mae, kl, got {kind!r}")
@@ -529,6 +548,9 @@ def _check(
         raise ValueError("activation 'softmax' over one channel is constant; use activation='sigmoid'")
     pixels = (shape[0], *shape[2:])
     with_channel = (shape[0], 1, *shape[2:])
+    target, weight, mask = (
+        None if x is None else _arrays.indexable(space, x) for x in (target, weight, mask)
+    )
     given = tuple(target.shape)
     if given == with_channel and (channels > 1 or space.dtype(target) in _arrays.LABELS):
         target, given = target[:, 0], pixels

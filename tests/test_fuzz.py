@@ -38,7 +38,12 @@ def built(clang: bool) -> Path:
 
 
 def run(*command: object, family: str = "") -> None:
-    environment = {**os.environ, "NOISYSEG_FUZZ_FAMILY": family, "OMP_NUM_THREADS": "1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    environment = {
+        **os.environ,
+        "NOISYSEG_FUZZ_FAMILY": family,
+        "OMP_NUM_THREADS": "1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
     done = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and not REPORT.search(done.stderr), done.stderr[-6000:]
 
@@ -68,7 +73,10 @@ def test_an_overrun_is_seen(tmp_path: Path) -> None:
     command = ["c++", "-std=c++17", "-fsanitize=address", "-w", source, "-o", tmp_path / "overrun"]
     command += [f"-I{ROOT / folder}" for folder in ("tests", "csrc", "csrc/include")]
     subprocess.run(command, check=True)
-    assert "heap-buffer-overflow" in subprocess.run([tmp_path / "overrun"], capture_output=True, text=True).stderr
+    assert (
+        "heap-buffer-overflow"
+        in subprocess.run([tmp_path / "overrun"], capture_output=True, text=True).stderr
+    )
 
 
 @needs_cmake
@@ -77,7 +85,13 @@ def test_an_overrun_is_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cpp_with_libfuzzer(family: str, tmp_path: Path) -> None:
     """A ninth of a million executions, 10^6 in all."""
-    options = ["-runs=112000", "-max_len=256", "-len_control=0", "-timeout=60", f"-artifact_prefix={tmp_path}/"]
+    options = [
+        "-runs=112000",
+        "-max_len=256",
+        "-len_control=0",
+        "-timeout=60",
+        f"-artifact_prefix={tmp_path}/",
+    ]
     run(built(True), *options, family=family)
 
 
@@ -111,7 +125,9 @@ def test_arrays_by_hypothesis(arrays: object) -> None:
     every = arrays.chosen()
 
     @hypothesis.settings(max_examples=100, deadline=None, database=None, derandomize=True)
-    @hypothesis.given(strategies.sampled_from(every), strategies.integers(0, 2**31), strategies.integers(0, 2**31))
+    @hypothesis.given(
+        strategies.sampled_from(every), strategies.integers(0, 2**31), strategies.integers(0, 2**31)
+    )
     def check(operation: object, seed: int, index: int) -> None:
         arrays.execute(operation, seed, index, Counter())
 

@@ -24,7 +24,14 @@ pytestmark = [
 OPERATIONS = operations.operations()
 SIZE = (5, 6)
 # Two networks' worth of code that is the user's own or PyTorch's runs on these: its errors are its own.
-OF_TORCH = ("meta.", "compat.monai_losses", "compat.monai_metrics", "compat.torchmetrics", "compat.nnunet", "dual_norms.")
+OF_TORCH = (
+    "meta.",
+    "compat.monai_losses",
+    "compat.monai_metrics",
+    "compat.torchmetrics",
+    "compat.nnunet",
+    "dual_norms.",
+)
 
 
 def ids(operation: Operation) -> str:
@@ -32,7 +39,9 @@ def ids(operation: Operation) -> str:
 
 
 def test_every_public_operation_is_here() -> None:
-    assert operations.public() == {name for name in (o.name.split(",")[0] for o in OPERATIONS) if name.rsplit(".")[-1][0].islower()} - {"noise.Noise"}  # fmt: skip
+    assert operations.public() == {
+        name for name in (o.name.split(",")[0] for o in OPERATIONS) if name.rsplit(".")[-1][0].islower()
+    } - {"noise.Noise"}
 
 
 # ---- NumPy -----------------------------------------------------------------------------------------
@@ -40,7 +49,11 @@ def test_every_public_operation_is_here() -> None:
 
 def spaced(x: Any) -> Any:
     """Every second element along every axis, the rest a trap."""
-    trap = np.full([2 * n for n in x.shape], 77 if x.dtype.kind in "ui" else np.nan if x.dtype.kind == "f" else 1, x.dtype)
+    trap = np.full(
+        [2 * n for n in x.shape],
+        77 if x.dtype.kind in "ui" else np.nan if x.dtype.kind == "f" else 1,
+        x.dtype,
+    )
     view = trap[tuple(slice(1, None, 2) for _ in x.shape)]
     view[...] = x
     return view
@@ -107,14 +120,17 @@ WRONG: dict[str, Callable[[Any], Any]] = {
     "dates": lambda x: x.astype(np.int64).view("datetime64[s]"),
     "masked": lambda x: np.ma.masked_array(x, x == x.flat[0]),
     "0-d": lambda x: x.reshape(-1)[0].copy().reshape(()),
-    "too many axes": lambda x: x.reshape(x.shape + (1,) * 20),
     "a string": lambda x: "array",
     "a number": lambda x: 3,
     "a type": lambda x: np.ndarray,
     "a dictionary": lambda x: {"x": x},
     "a generator": lambda x: iter(x),
 }
-EITHER_SHAPE = {"one more axis": lambda x: x[None], "first axis only": lambda x: x.reshape(len(x), -1)[:, 0]}
+EITHER_SHAPE = {
+    "too many axes": lambda x: x.reshape(x.shape + (1,) * 20),
+    "one more axis": lambda x: x[None],
+    "first axis only": lambda x: x.reshape(len(x), -1)[:, 0],
+}
 
 
 def attempt(operation: Operation, arrays: Any) -> tuple[str, Any]:
@@ -134,7 +150,7 @@ def complaint(operation: Operation, name: str, message: str) -> str | None:
     text = message.split(": ", 1)[1]
     if "\n" in text:
         return f"a message of several lines: {text!r}"
-    names = {name.replace("theta_", "theta."), "spatial_dims"}
+    names = {name.replace("theta_", "theta."), "spatial_dims", "spatial axes"}
     if "shape" in text or "dimensions" in text:  # of two that differ either may be named
         names |= set(operation.make(np.random.default_rng(0), 1, SIZE))
     if operation.name.startswith("noise."):
@@ -146,7 +162,8 @@ def complaint(operation: Operation, name: str, message: str) -> str | None:
 
 def equal(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(
-        x.shape == y.shape and np.allclose(x.astype(float), y.astype(float), rtol=2e-5, atol=2e-6, equal_nan=True)
+        x.shape == y.shape
+        and np.allclose(x.astype(float), y.astype(float), rtol=2e-5, atol=2e-6, equal_nan=True)
         for x, y in zip(a, b, strict=True)
     )
 
@@ -182,7 +199,10 @@ def test_numpy(operation: Operation) -> None:
                 if kind == "wrong" and not accepts(operation, name, what):
                     problems.append(where + "is taken")
                 if kind in ("layout", "form"):
-                    native = {**plain, name: np.ascontiguousarray(hostile).view(np.ndarray) if kind == "layout" else x}
+                    native = {
+                        **plain,
+                        name: np.ascontiguousarray(hostile).view(np.ndarray) if kind == "layout" else x,
+                    }
                     if not equal(result, attempt(operation, native)[1]):
                         problems.append(where + "another answer than that of the native copy")
     assert not problems, "\n".join(problems)
@@ -234,7 +254,9 @@ def test_zero_size(operation: Operation, kind: str) -> None:
                 answers.append(attempt(operation, given))
             except Exception as error:
                 if not operation.name.startswith(OF_TORCH):
-                    raise AssertionError(f"batch {batch}, size {size}: {type(error).__name__}: {error}") from error
+                    raise AssertionError(
+                        f"batch {batch}, size {size}: {type(error).__name__}: {error}"
+                    ) from error
                 answers.append(("refused", f"{type(error).__name__}: of torch"))
         (said, first), (again, second) = answers
         assert said == again
@@ -289,7 +311,9 @@ class Wrapper(torch.Tensor):
 
 TORCH_LAYOUTS: dict[str, Callable[[Any], Any]] = {
     "spaced": torch_spaced,
-    "transposed": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
+    "transposed": lambda x: (
+        x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
+    ),
     "expanded": lambda x: x[..., :1].expand(x.shape),
     "overlapping": lambda x: x.reshape(-1).repeat(3).as_strided(x.shape, (1,) * x.dim()),
     "offset": lambda x: torch.cat([x[:1], x])[1:],
@@ -299,7 +323,9 @@ TORCH_LAYOUTS: dict[str, Callable[[Any], Any]] = {
 }
 TORCH_FORMS: dict[str, Callable[[Any], Any]] = {
     "requires grad": lambda x: x.clone().requires_grad_() if x.is_floating_point() else x,
-    "negated view": lambda x: torch.complex(torch.zeros_like(x), -x).conj().imag if x.is_floating_point() else x,
+    "negated view": lambda x: (
+        torch.complex(torch.zeros_like(x), -x).conj().imag if x.is_floating_point() else x
+    ),
     "int16": lambda x: x.to(torch.int16) if not x.is_floating_point() else x,
     "complex": lambda x: x.to(torch.complex64),
     "sparse": lambda x: x.to_sparse(),
@@ -345,10 +371,21 @@ def test_torch(operation: Operation) -> None:
                     bad = wish + result if wish else complaint(operation, name, result)
                     problems += [where + bad] if bad else []
                     continue
-                if kind == "wrong" and not accepts(operation, name, what) and not operation.name.startswith(OF_TORCH):
+                if (
+                    kind == "wrong"
+                    and not accepts(operation, name, what)
+                    and not operation.name.startswith(OF_TORCH)
+                ):
                     problems.append(where + "is taken")
                 if kind in ("layout", "form"):
-                    native = {**plain, name: x if kind == "form" else hostile.detach().clone(memory_format=torch.contiguous_format).as_subclass(torch.Tensor)}  # fmt: skip
+                    native = {
+                        **plain,
+                        name: x
+                        if kind == "form"
+                        else hostile.detach()
+                        .clone(memory_format=torch.contiguous_format)
+                        .as_subclass(torch.Tensor),
+                    }
                     if not equal(result, attempt(operation, native)[1]):
                         problems.append(where + "another answer than that of the native copy")
     assert not problems, "\n".join(problems)
@@ -390,7 +427,12 @@ LIARS: dict[str, Callable[[Any], Any]] = {
     "a shape of text": lambda x: Export(x, "ab"),
     "no capsule": lambda x: Export(x, capsule=lambda y: None),
     "another object": lambda x: Export(x, capsule=lambda y: object()),
-    "a used capsule": lambda x: Export(x, capsule=lambda y, used=x.__dlpack__(): (np.from_dlpack(Export(y, capsule=lambda z: used)) is None) or used),  # fmt: skip
+    "a used capsule": lambda x: Export(
+        x,
+        capsule=lambda y, used=x.__dlpack__(): (
+            (np.from_dlpack(Export(y, capsule=lambda z: used)) is None) or used
+        ),
+    ),
     "an error": lambda x: Export(x, capsule=raises),
     "a strange device": lambda x: Export(x, device=(99, 0)),
     "no device": lambda x: Export(x, device=None),
@@ -403,16 +445,19 @@ def test_dlpack(operation: Operation) -> None:
     """Honest producers are taken, also with one capsule; liars are refused by name."""
     plain = operation.make(np.random.default_rng(5), 2, SIZE)
     _, right = attempt(operation, plain)
-    if not operation.name.startswith("compat.medpy"):
-        for kind in (Export, Once):
-            if kind is Once and operation.name.startswith(("noise.", "metrics.Overlap", "compat.", "labels.", "losses.boundary", "losses.consistency")):  # fmt: skip
-                continue  # look more than once, and then say that NumPy cannot take it
-            said, result = attempt(operation, {k: kind(x) for k, x in plain.items()})
-            if said == "refused" and operation.name in ("noise.deform", "noise.each_label", "noise.calibrate", "noise.simulate_raters", "noise.corrupt", "noise.dilate_labels", "compat.scipy.distance_transform_edt"):  # fmt: skip
-                continue
-            assert said == "taken", f"{kind.__name__}: {result}"
-            assert equal([np.asarray(x._x) if isinstance(x, Export) else x for x in result], right)
     problems = []
+    for kind in (Export, Once):
+        try:
+            said, result = attempt(operation, {k: kind(x) for k, x in plain.items()})
+        except AttributeError:  # they call methods of the array: for arrays that have some
+            assert operation.name in ("noise.each_label", "noise.dilate_labels", "noise.calibrate"), (
+                operation.name
+            )
+            continue
+        if said == "refused" and kind is Once:
+            problems += [p for p in [complaint(operation, next(iter(plain)), result)] if p]
+        elif said == "refused" or not equal(result, right):
+            problems.append(f"{kind.__name__}: {result}")
     for name, x in plain.items():
         for what, lie in LIARS.items():
             given = {k: Export(y) for k, y in plain.items()}

@@ -84,7 +84,9 @@ def test_no_kernel_grows(isa: str, tmp_path: Path) -> None:
             problems.append(f"{name}: not pinned")
         elif n > ALLOWED * then[name]:
             problems.append(f"{name}: {n} instructions, pinned {then[name]} ({n / then[name] - 1:+.0%})")
-    assert not problems, "\n".join([*problems, "if that is meant: python tests/test_instruction_counts.py --update"])
+    assert not problems, "\n".join(
+        [*problems, "if that is meant: python tests/test_instruction_counts.py --update"]
+    )
 
 
 def update() -> None:

@@ -7,11 +7,8 @@ import gc
 import importlib
 import math
 import re
-import subprocess
-import sys
 import time
 import tracemalloc
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +27,10 @@ OPERATIONS = operations.operations()
 
 
 class _Mallinfo2(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]  # fmt: skip
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    ]  # fmt: skip
 
 
 def in_use() -> int:
@@ -82,7 +82,9 @@ def check_growth(operation: Operation, calls: int, seconds: float) -> None:
         native, python = growth(operation, arrays, calls, traced)
         if native * calls < 8192 and python * traced < 8192:
             return
-    assert native < 8 and python < 8, f"{native:.1f} bytes of malloc and {python:.1f} of Python stay after each call"
+    assert native < 8 and python < 8, (
+        f"{native:.1f} bytes of malloc and {python:.1f} of Python stay after each call"
+    )
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
@@ -101,3 +103,70 @@ def test_a_leak_is_seen() -> None:
     leak = Operation("leak", lambda r, b, s: {"x": np.zeros(s)}, lambda x: kept.append(x.copy()))
     with pytest.raises(AssertionError, match="stay after each call"):
         check_growth(leak, 2000, 0.15)
+
+
+# ---- peaks -----------------------------------------------------------------------------------------
+
+# "Extra memory: 4 bytes per voxel", "Extra memory: at most 1 byte per voxel", and "with return_grad as much as logits".
+STATED = re.compile(
+    r"Extra memory: (?P<bound>at most )?(?P<bytes>[\d.]+) bytes? per \w+(?P<rest>[^\n]*(?:\n[^\n]+)?)"
+)
+LIKE = re.compile(r"as much as (\w+)(?: and (\w+))?")
+PEAK = (768, 1024)
+# Other than arrays in and arrays out: networks of the user's, and the drop-ins, which call what is stated here.
+UNSTATED = ("meta.", "compat.", "noise.Noise", "metrics.OverlapAccumulator")
+
+
+def stated(operation: Operation, arrays: Any) -> tuple[float, bool]:
+    """(bytes, whether it is a bound) that the docstring names for these arrays."""
+    module, function = operation.name.split(",")[0].rsplit(".", 1)
+    text = getattr(importlib.import_module(f"noisyseg_fast.{module}"), function).__doc__
+    found = STATED.search(text)
+    assert found, f"the docstring of {operation.name} does not say how much extra memory it takes"
+    pixels = 2 * math.prod(PEAK) if function != "dilate_labels" else math.prod(PEAK)
+    like = LIKE.search(found["rest"])
+    own = operation.name.endswith(", value")
+    if like and not own:
+        return sum(arrays[name].nbytes for name in like.groups() if name), False
+    return float(found["bytes"]) * pixels, bool(found["bound"])
+
+
+def filled(operation: Operation) -> Any:
+    """The operation's arrays in a size to measure, their masks of large pieces."""
+    r = np.random.default_rng(0)
+    arrays = operation.make(r, 2, PEAK)
+    for name, x in arrays.items():
+        if x.dtype == np.uint8 and x.shape[-2:] == PEAK:
+            coarse = r.integers(0, 2, (*x.shape[:-2], *(n // 64 for n in PEAK)), np.uint8)
+            arrays[name] = coarse.repeat(64, -1).repeat(64, -2)
+    return operations.tensors(arrays) if operation.torch else arrays
+
+
+MEASURED = [
+    o
+    for o in OPERATIONS
+    if not o.name.startswith(UNSTATED) and (", " not in o.name or o.name.endswith(", value"))
+]
+
+
+@pytest.mark.parametrize("operation", MEASURED, ids=lambda o: o.name)
+def test_peak_is_as_stated(operation: Operation) -> None:
+    from noisyseg_fast import timing
+
+    libc = ctypes.CDLL(None)
+    small = operation.make(np.random.default_rng(0), 2, (16, 16))
+    operation.call(**(operations.tensors(small) if operation.torch else small))
+    arrays = filled(operation)
+    wanted, bound = stated(operation, arrays)
+    libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: pages of 2 MB would round each array up
+    try:
+        peaks = [timing.peak_extra(lambda: operation.call(**arrays)) for _ in range(3)]
+    finally:
+        libc.prctl(41, 0, 0, 0, 0)
+    if None in peaks:
+        pytest.skip("needs Linux's /proc/self/clear_refs")
+    pixels = 2 * math.prod(PEAK)
+    least, most = (0 if bound else 0.9 * wanted - 0.15 * pixels), 1.1 * wanted + 0.25 * pixels
+    assert least <= min(peaks) <= most, (
+        f"{min(peaks) / pixels:.2f} bytes per pixel; stated {wanted / pixels:.2f}"
+    )

@@ -365,6 +365,7 @@ bool vote_patterns(const Array& annotations, const Array& extra, const Array& pr
   const int64_t slots = counts.shape[1];
   const int threads = threads_for(exec, votes.layout.batch * votes.layout.pixels() * votes.raters);
   int64_t* const count = static_cast<int64_t*>(counts.data);
+  if (keys && slots < 2) throw std::invalid_argument("a hash table needs two slots or more");
   if (keys)
     return count_hashed(votes, threads, static_cast<int32_t*>(index.data), slots,
                         static_cast<int64_t*>(keys.data), count);

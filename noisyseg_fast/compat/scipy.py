@@ -72,15 +72,19 @@ def as_mask(x: Any, dtypes: Sequence[str], name: str) -> Any:
     """x as an array of one of those dtypes with at least one axis: itself, or where it is not 0.
 
     Raises TypeError for what has no numbers: None, text, dates, records; and for arrays of unknown devices."""
-    if isinstance(x, type) or not hasattr(x, "__dlpack__") and not hasattr(x, "__cuda_array_interface__"):
+    if isinstance(x, type) or (not hasattr(x, "__dlpack__") and not hasattr(x, "__cuda_array_interface__")):
         x = np.asarray(x)
+    if not hasattr(x, "dtype"):
+        x = _arrays.indexable(_arrays.of(**{name: x}), x)
     if isinstance(x, np.ndarray) and (x.dtype.kind in "SUVMm" or (x.dtype.hasobject and not _numbers(x))):
         raise TypeError(f"{name} must be an array of numbers, got dtype {x.dtype}")
     if type(x).__module__.split(".")[0] == "torch" and (str(x.layout) != "torch.strided" or x.is_nested):
         _arrays.of(**{name: x})  # says why not
     if len(x.shape) == 0:
         x = x.reshape(1)
-    known = str(x.dtype).removeprefix("torch.") in dtypes and not (isinstance(x, np.ndarray) and not x.dtype.isnative)
+    known = str(x.dtype).removeprefix("torch.") in dtypes and not (
+        isinstance(x, np.ndarray) and not x.dtype.isnative
+    )
     mask = x if known else x != 0
     if str(mask.dtype).removeprefix("torch.") in _arrays.LABELS:
         _arrays.of(**{name: mask})

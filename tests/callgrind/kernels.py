@@ -55,12 +55,24 @@ def count(name: str, *calls: Any) -> None:
 
 def losses() -> None:
     shape = (2, 3, 48, 48)
-    logits, target, weight = view(shape, F32, source.random), view((2, 48, 48), U8, lambda: source.randrange(3)), view((2, 48, 48), F32, source.random)
+    logits, target, weight = (
+        view(shape, F32, source.random),
+        view((2, 48, 48), U8, lambda: source.randrange(3)),
+        view((2, 48, 48), F32, source.random),
+    )
     #         activation, region, scale, gamma, power, volume, squared, per image, background, eps, pixel, scale, parameter, ...
     nr_dice = (0, 1, 1.0, 1.5, 1.0, 2, 1, 1, 1, 1e-5, 0, 1.0, 0.0, 0.0, 0, 0, 0)
     ce = (1, 0, 1.0, 1.5, 1.0, 2, 1, 1, 1, 1e-5, 1, 1.0, 0.0, 0.0, 0, 0, 0)
-    for name, options, w in (("nr_dice_loss, value and gradient", nr_dice, None), ("weighted cross-entropy, value and gradient", ce, weight)):
-        loss, sums, grad, one = view((), F32), view((2, 4, 5), F64), view(shape, F32), view((), F32, lambda: 1.0)
+    for name, options, w in (
+        ("nr_dice_loss, value and gradient", nr_dice, None),
+        ("weighted cross-entropy, value and gradient", ce, weight),
+    ):
+        loss, sums, grad, one = (
+            view((), F32),
+            view((2, 4, 5), F64),
+            view(shape, F32),
+            view((), F32, lambda: 1.0),
+        )
         work = memory(_core.loss_workspace(logits, CPU))
         given = (logits, target, w, None, None, options, 0)
         count(
@@ -75,14 +87,22 @@ def distances() -> None:
     mask = view(shape, U8, lambda: source.random() < 0.97)
     options = (False, float("inf"), False, False, 1, False, 0)
     out, work = view(shape, F32), memory(_core.distance_workspace(mask, 3, options, False, False, CPU))
-    count("distance_transform_edt", lambda: _core.distance_transform_edt(mask, 3, (1.0, 1.0, 2.0), options, out, None, work, CPU))
+    count(
+        "distance_transform_edt",
+        lambda: _core.distance_transform_edt(mask, 3, (1.0, 1.0, 2.0), options, out, None, work, CPU),
+    )
 
 
 def surfaces() -> None:
     shape = (20, 24, 40)
 
     def ball(centre: float) -> Any:
-        inside = ((z - 10) ** 2 + (y - 12) ** 2 + (x - centre) ** 2 < 64 + 8 * bit() for z in range(20) for y in range(24) for x in range(40))
+        inside = (
+            (z - 10) ** 2 + (y - 12) ** 2 + (x - centre) ** 2 < 64 + 8 * bit()
+            for z in range(20)
+            for y in range(24)
+            for x in range(40)
+        )
         return view(shape, U8, lambda: next(inside))
 
     pred, target, out = ball(18), ball(21), view((6, 1), F64)
@@ -105,20 +125,30 @@ def meta() -> None:
     shapes = ((16, 3, 3), (16,), (16, 5, 5), (16,), (33,), (1,))
     theta = tuple(view(s, F32, lambda: source.random() - 0.5) for s in shapes)
     packed, work = view((sum(map(prod, shapes)),)), memory(_core.mask_net_workspace(L, theta, False, CPU))
-    count("mask_net and its vjp", lambda: _core.mask_net(L, theta, R, CPU), lambda: _core.mask_net_vjp(dR, R, L, theta, packed, None, work, CPU))
+    count(
+        "mask_net and its vjp",
+        lambda: _core.mask_net(L, theta, R, CPU),
+        lambda: _core.mask_net_vjp(dR, R, L, theta, packed, None, work, CPU),
+    )
 
 
 def statistics() -> None:
     shape, slots = (1, 5, 64, 64), 32
     votes, options = view(shape, U8, bit), (2, True, False, False, 0)
-    index, counts, work = view((1, 4096), U8), view((1, slots), I64), bytes_of(_core.vote_patterns_workspace(slots, CPU))
+    index, counts, work = (
+        view((1, 4096), U8),
+        view((1, slots), I64),
+        bytes_of(_core.vote_patterns_workspace(slots, CPU)),
+    )
     values, names, performance = view((1, slots, 1), F64), view((1, slots), I64), view((1, 5, 2, 2), F64)
     rates, status = [view((1, 5, 2), F64) for _ in range(2)], view((1, 2), I32)
     em = bytes_of(_core.staple_workspace(1, slots, 5, 2, CPU))
     count(
         "staple",
         lambda: _core.vote_patterns(votes, None, None, options, index, None, counts, work, CPU),
-        lambda: _core.staple(None, counts, 5, options, 50, 0.0, None, values, names, performance, *rates, status, em, CPU),
+        lambda: _core.staple(
+            None, counts, 5, options, 50, 0.0, None, values, names, performance, *rates, status, em, CPU
+        ),
     )
     numbers, out = view((1, 1, 128, 128), F32, source.random), view((1, 1), F32)
     room = bytes_of(_core.selection_workspace(numbers, 2, CPU))
