@@ -13,17 +13,63 @@ import numpy as np
 
 import noisyseg_fast as ns
 
-MODULES = ("distance", "metrics", "labels", "losses", "task_losses", "pixels", "noise", "weight_nets", "dual_norms", "meta",
-           "compat.medpy", "compat.scipy", "compat.monai", "compat.monai_losses", "compat.monai_metrics",
-           "compat.monai_noise", "compat.torchmetrics", "compat.nnunet")  # fmt: skip
+MODULES = (
+    "distance",
+    "metrics",
+    "labels",
+    "losses",
+    "task_losses",
+    "pixels",
+    "noise",
+    "weight_nets",
+    "dual_norms",
+    "meta",
+    "compat.medpy",
+    "compat.scipy",
+    "compat.monai",
+    "compat.monai_losses",
+    "compat.monai_metrics",
+    "compat.monai_noise",
+    "compat.torchmetrics",
+    "compat.nnunet",
+)
 # Public functions that take no arrays, or NumPy counts alone; and what is tested as a class.
 OTHER = {
-    "options_of", "corruption_radii", "sum_by_class", "overlap_of", "patch_monai", "main", "unhonoured", "fits", "compute",
-    "as_mask", "dice_helper", "size", "parts", "wide", "shapes", "forward", "backward", "vjp", "ce_values", "tangent",
-    "backward_tangent", "value_and_grad", "loss_shape", "loss_dtype", "sums_shape", "sampled_forward", "sampled_backward",
-    "fuse_dual_norms", "unfuse_dual_norms", "cross_entropy_map",
-    "recall", "true_positive_rate", "true_negative_rate", "positive_predictive_value",  # other names of the same
-}  # fmt: skip
+    "options_of",
+    "corruption_radii",
+    "sum_by_class",
+    "overlap_of",
+    "patch_monai",
+    "main",
+    "unhonoured",
+    "fits",
+    "compute",
+    "as_mask",
+    "dice_helper",
+    "size",
+    "parts",
+    "wide",
+    "shapes",
+    "forward",
+    "backward",
+    "vjp",
+    "ce_values",
+    "tangent",
+    "backward_tangent",
+    "value_and_grad",
+    "loss_shape",
+    "loss_dtype",
+    "sums_shape",
+    "sampled_forward",
+    "sampled_backward",
+    "fuse_dual_norms",
+    "unfuse_dual_norms",
+    "cross_entropy_map",
+    "recall",
+    "true_positive_rate",
+    "true_negative_rate",
+    "positive_predictive_value",  # other names of the same
+}
 Arrays = dict[str, Any]
 
 
@@ -463,14 +509,48 @@ def _torch() -> list[Operation]:
         )
 
     return [
-        Operation("dual_norms.norm_act", lambda r, b, s: {"x": reals(r, b, 4, *s), "weight": reals(r, 4), "bias": reals(r, 4)}, lambda x, weight, bias: dual_norms.norm_act(x, weight, bias, slope=0.1), True),
-        Operation("dual_norms.norm_act, group", lambda r, b, s: {"x": reals(r, b, 4, *s), "weight": reals(r, 4)}, lambda x, weight: dual_norms.norm_act(x, weight, norm="group", groups=2), True),
-        Operation("meta.pixel_meta_gradient", batch, lambda **a: meta.pixel_meta_gradient(net(), a["x"], a["y"], a["R"], a["x_clean"], a["y_clean"], 0.1, self_check=False), True),
-        Operation("meta.unroll_reference", batch, lambda **a: meta.unroll_reference(net(), a["x"], a["y"], a["R"], a["x_clean"], a["y_clean"], 0.1)[:1], True),
+        Operation(
+            "dual_norms.norm_act",
+            lambda r, b, s: {"x": reals(r, b, 4, *s), "weight": reals(r, 4), "bias": reals(r, 4)},
+            lambda x, weight, bias: dual_norms.norm_act(x, weight, bias, slope=0.1),
+            True,
+        ),
+        Operation(
+            "dual_norms.norm_act, group",
+            lambda r, b, s: {"x": reals(r, b, 4, *s), "weight": reals(r, 4)},
+            lambda x, weight: dual_norms.norm_act(x, weight, norm="group", groups=2),
+            True,
+        ),
+        Operation(
+            "meta.pixel_meta_gradient",
+            batch,
+            lambda **a: meta.pixel_meta_gradient(
+                net(), a["x"], a["y"], a["R"], a["x_clean"], a["y_clean"], 0.1, self_check=False
+            ),
+            True,
+        ),
+        Operation(
+            "meta.unroll_reference",
+            batch,
+            lambda **a: meta.unroll_reference(net(), a["x"], a["y"], a["R"], a["x_clean"], a["y_clean"], 0.1)[
+                :1
+            ],
+            True,
+        ),
         Operation("meta.logit_jvp", lambda r, b, s: {"x": reals(r, b, 1, *s)}, jvp, True),
-        Operation("meta.update_vjp", lambda r, b, s: {"params": reals(r, b, *s), "grads": reals(r, b, *s), "v": reals(r, b, *s)}, lambda params, grads, v: meta.update_vjp(0.1, {"p": params}, {"p": grads}, {"p": v})[1]["p"], True),
-        Operation("meta.head_hypergradient", lambda r, b, s: {"z": reals(r, b, 2, *s), "zdot": reals(r, b, 2, *s), "h": reals(r, b, *s)}, hyper, True),
-    ]  # fmt: skip
+        Operation(
+            "meta.update_vjp",
+            lambda r, b, s: {"params": reals(r, b, *s), "grads": reals(r, b, *s), "v": reals(r, b, *s)},
+            lambda params, grads, v: meta.update_vjp(0.1, {"p": params}, {"p": grads}, {"p": v})[1]["p"],
+            True,
+        ),
+        Operation(
+            "meta.head_hypergradient",
+            lambda r, b, s: {"z": reals(r, b, 2, *s), "zdot": reals(r, b, 2, *s), "h": reals(r, b, *s)},
+            hyper,
+            True,
+        ),
+    ]
 
 
 # ---- drop-ins --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Random calls of the C++ API under sanitizers (tests/fuzz) and of the Python operations (scripts/fuzz_arrays.py): short
+"""Random calls of the C++ API under sanitizers (tests/fuzz) and of the operations (scripts/fuzz_arrays.py): short
 versions here, a million executions each in `make soak`."""
 
 from __future__ import annotations

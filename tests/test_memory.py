@@ -29,8 +29,19 @@ OPERATIONS = operations.operations()
 class _Mallinfo2(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-    ]  # fmt: skip
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    ]
 
 
 def in_use() -> int:
@@ -167,6 +178,5 @@ def test_peak_is_as_stated(operation: Operation) -> None:
         pytest.skip("needs Linux's /proc/self/clear_refs")
     pixels = 2 * math.prod(PEAK)
     least, most = (0 if bound else 0.9 * wanted - 0.15 * pixels), 1.1 * wanted + 0.25 * pixels
-    assert least <= min(peaks) <= most, (
-        f"{min(peaks) / pixels:.2f} bytes per pixel; stated {wanted / pixels:.2f}"
-    )
+    peak = sorted(peaks)[1]
+    assert least <= peak <= most, f"{peak / pixels:.2f} bytes per pixel; stated {wanted / pixels:.2f}"

@@ -60,7 +60,7 @@ def losses() -> None:
         view((2, 48, 48), U8, lambda: source.randrange(3)),
         view((2, 48, 48), F32, source.random),
     )
-    #         activation, region, scale, gamma, power, volume, squared, per image, background, eps, pixel, scale, parameter, ...
+    # In the order of losses.Options.
     nr_dice = (0, 1, 1.0, 1.5, 1.0, 2, 1, 1, 1, 1e-5, 0, 1.0, 0.0, 0.0, 0, 0, 0)
     ce = (1, 0, 1.0, 1.5, 1.0, 2, 1, 1, 1, 1e-5, 1, 1.0, 0.0, 0.0, 0, 0, 0)
     for name, options, w in (
