@@ -321,6 +321,14 @@ def of(**arrays: Any) -> Namespace:
     return first
 
 
+def given(**arrays: Any) -> Namespace:
+    """`of` arrays that all must be there."""
+    for name, x in arrays.items():
+        if x is None:
+            raise TypeError(f"{name} must be an array, not None")
+    return of(**arrays)
+
+
 def indexable(space: Namespace, x: Any) -> Any:
     """x, or what NumPy sees of a DLPack object that is nothing more."""
     return space.as_numpy(x) if isinstance(space, Dlpack) and not hasattr(x, "__getitem__") else x

@@ -170,6 +170,7 @@ def sampled_distance(
     >>> sampled_distance(numpy.array([0., 9, 9, 1]))
     array([0., 1., 2., 1.])
     """
+    _arrays.given(values=values)
     space = _arrays.of(values=values, sites=sites)
     _arrays.check_dtype("values", space.dtype(values), ("float32", "float64"))
     shape = tuple(values.shape)

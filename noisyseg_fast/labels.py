@@ -373,6 +373,7 @@ def rater_scores(
 
     Extra memory: 1 byte per pixel, the pattern's number.
     """
+    _arrays.given(annotations=annotations, fusion=fusion)
     v = _votes(annotations, present, num_classes, missing, spatial_dims, fusion=fusion)
     result = np.empty((3, v.batch, v.raters, v.classes))
     for b, (_, digits, n) in enumerate(_host_patterns(v, *_patterns(v)[1:])):

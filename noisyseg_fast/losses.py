@@ -348,7 +348,7 @@ def boundary_loss(
     Extra memory: 0 bytes per pixel (the map's with reduction="none"), with return_grad as much as logits.
     """
     options = Options(_index("activation", activation, ACTIVATIONS), pixel=PIXEL_KINDS.index("boundary"))
-    _given(logits=logits, distance_map=distance_map)
+    _arrays.given(logits=logits, distance_map=distance_map)
     shape = tuple(logits.shape)
     if len(shape) > 1 and tuple(distance_map.shape) == (shape[0], *shape[2:]) != shape and shape[1] == 1:
         distance_map = distance_map[:, None]
@@ -386,7 +386,7 @@ def consistency_loss(
     options = Options(
         _index("activation", activation, ACTIVATIONS), **_pixel_options(kind, 1, 0), target_is_logits=True
     )
-    _given(logits=logits, target_logits=target_logits)
+    _arrays.given(logits=logits, target_logits=target_logits)
     if tuple(target_logits.shape) != tuple(logits.shape):
         raise ValueError(
             f"target_logits has shape {tuple(target_logits.shape)}; it must be that of logits, "
@@ -523,14 +523,6 @@ def _dice_and(
 # ---- checks ---------------------------------------------------------------------------------------
 
 
-def _given(**arrays: Any) -> None:
-    """TypeError for what is not there, or no array, or another kind of array than the first."""
-    for name, x in arrays.items():
-        if x is None:
-            raise TypeError(f"{name} must be an array, not None")
-    _arrays.of(**arrays)
-
-
 def _check(
     space: _arrays.Namespace, logits: Any, target: Any, weight: Any, mask: Any, options: Options
 ) -> tuple[Any, Any, Any]:
@@ -623,7 +615,7 @@ def _loss(
         options = options._replace(has_ignore=True, ignore=int(ignore_index))
     logits, target, weight, mask, class_weight = arrays
     if logits is None or target is None:
-        _given(logits=logits, target=target)
+        _arrays.given(logits=logits, target=target)
     space = _arrays.of(logits=logits, target=target, weight=weight, mask=mask)
     target, weight, mask = _check(space, logits, target, weight, mask, options)
     if class_weight is not None:

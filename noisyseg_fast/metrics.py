@@ -302,7 +302,7 @@ def _overlap(
     threshold: float | None,
 ) -> tuple[_arrays.Namespace, Any, Any, int]:
     """The namespace, counts (*lead, 3), results (6, *lead), and voxels of a mask."""
-    space = _arrays.of(pred=pred, target=target)
+    space = _arrays.given(pred=pred, target=target)
     options: dict[str, Any] = {}
     if space.dtype(pred) in _arrays.FLOATS:
         dims, lead, options = _check_logits(
@@ -333,7 +333,7 @@ def _check(
     pred: Any, target: Any, spatial_dims: int | None, num_classes: int | None = None
 ) -> tuple[_arrays.Namespace, int, tuple[int, ...]]:
     """The masks' namespace, number of spatial axes and leading shape."""
-    space = _arrays.of(pred=pred, target=target)
+    space = _arrays.given(pred=pred, target=target)
     for name, x in (("pred", pred), ("target", target)):
         _arrays.check_dtype(name, space.dtype(x), _arrays.LABELS)
         _arrays.check_rank(name, x)

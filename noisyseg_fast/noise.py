@@ -749,7 +749,7 @@ def dice_of(noisy: Any, clean: Any, *, spatial_dims: int | None = None) -> NDArr
     """
     from .metrics import overlap_metrics
 
-    _arrays.of(noisy=_plain(noisy, False), clean=_plain(clean, False))
+    _arrays.given(noisy=_plain(noisy, False), clean=_plain(clean, False))
     if tuple(noisy.shape) != tuple(clean.shape):
         raise ValueError(
             f"noisy has shape {tuple(noisy.shape)} and clean {tuple(clean.shape)}; they must be the same"
@@ -844,8 +844,8 @@ def corrupt(
     _arrays.of(masks=_plain(masks, False))
     if not masks.shape or not masks.shape[0]:
         raise ValueError(f"masks must hold at least one mask, got shape {tuple(masks.shape)}")
-    radii = corruption_radii(len(masks), rate, max_radius, seed)
-    dims = masks.ndim - 1 if spatial_dims is None else spatial_dims
+    radii = corruption_radii(masks.shape[0], rate, max_radius, seed)
+    dims = len(masks.shape) - 1 if spatial_dims is None else spatial_dims
     return dilate(masks, [float(r) for r in radii], spatial_dims=dims), radii
 
 

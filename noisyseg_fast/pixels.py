@@ -203,6 +203,7 @@ def _rows(
     values: Any, mask: Any, per_image: bool
 ) -> tuple[_arrays.Namespace, _arrays.View, _arrays.View | None, int]:
     """values and mask as (rows, 1, *S): of all values one row."""
+    _arrays.given(values=values)
     space = _arrays.of(values=values, mask=mask)
     _arrays.check_dtype("values", space.dtype(values), _arrays.FLOATS)
     shape = tuple(values.shape)
@@ -245,7 +246,7 @@ def _k(
 
 
 def _labelled(probabilities: Any, label: Any) -> tuple[_arrays.Namespace, _arrays.View, _arrays.View, int]:
-    space = _arrays.of(probabilities=probabilities, label=label)
+    space = _arrays.given(probabilities=probabilities, label=label)
     _arrays.check_dtype("probabilities", space.dtype(probabilities), _arrays.FLOATS)
     _arrays.check_dtype("label", space.dtype(label), _arrays.LABELS)
     _arrays.check_rank("probabilities", probabilities)

@@ -238,12 +238,6 @@ def _three(grad_weights: Sequence[float]) -> tuple[float, ...]:
     return seg, mask, consistency
 
 
-def _given(**arrays: Any) -> None:
-    for name, x in arrays.items():
-        if x is None:
-            raise TypeError(f"{name} must be an array, not None")
-
-
 def _check_mask(mask: Any, shape: tuple[int, ...]) -> Any:
     """(B, *S), from that or (B, 1, *S)."""
     if mask is None:
@@ -275,7 +269,7 @@ def _uncertainty_arguments(
         _finite("eps", eps, above=0),
         float(_index("reduction", reduction, _REDUCTIONS)),
     )
-    _given(logits=logits, annotations=annotations, uncertainty=uncertainty)
+    _arrays.given(logits=logits, annotations=annotations, uncertainty=uncertainty)
     space = _arrays.of(
         logits=logits, annotations=annotations, uncertainty=uncertainty, raters=raters, mask=mask
     )
@@ -313,7 +307,7 @@ def _dual_task_arguments(
     _index("reduction", reduction, ("mean", "image"))
     if reduction == "image" and not per_image:
         raise ValueError("reduction 'image' needs per_image=True: the sums run over the batch otherwise")
-    _given(logits=logits, sdf=sdf, target=target)
+    _arrays.given(logits=logits, sdf=sdf, target=target)
     # bool is an int, but "labelled=True" would mean one image
     counted = isinstance(labelled, (int, np.integer)) and not isinstance(labelled, bool)
     count = int(labelled) if counted else None

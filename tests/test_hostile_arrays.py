@@ -339,7 +339,7 @@ TORCH_WRONG: dict[str, Callable[[Any], Any]] = {
     "fake": fake,
     "wrapper": Wrapper,
     "freed": freed,
-    "nested": lambda x: torch.nested.nested_tensor([x[0], x[0][..., :1]], layout=torch.strided),
+    "nested": lambda x: torch.nested.nested_tensor([x.reshape(-1), x.reshape(-1)[:1]]),
     "0-d": lambda x: x.reshape(-1)[0].clone(),
     "a string": lambda x: "tensor",
 }
@@ -456,7 +456,7 @@ def test_dlpack(operation: Operation) -> None:
             )
             continue
         if said == "refused" and kind is Once:
-            problems += [p for p in [complaint(operation, next(iter(plain)), result)] if p]
+            problems += [] if any(name in result for name in plain) or "mask is" in result else [result]
         elif said == "refused" or not equal(result, right):
             problems.append(f"{kind.__name__}: {result}")
     for name, x in plain.items():

@@ -100,7 +100,7 @@ def check_growth(operation: Operation, calls: int, seconds: float) -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
 def test_nothing_stays(operation: Operation) -> None:
-    check_growth(operation, 2000, 0.15)
+    check_growth(operation, 2000, 0.1)
 
 
 @pytest.mark.soak
