@@ -37,7 +37,7 @@ lint: $(VENV)/.test
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
-	$(bin)/clang-format --dry-run -Werror $$(find csrc tests/emulator examples -name '*.h' -o -name '*.c[pu]*')
+	$(bin)/clang-format --dry-run -Werror $$(find csrc tests/emulator tests/fuzz examples -name '*.h' -o -name '*.c[pu]*')
 
 clean:
 	rm -rf $(VENV) build site noisyseg_fast/_core*.so *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

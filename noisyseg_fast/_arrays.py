@@ -166,14 +166,14 @@ class Dlpack(Namespace):
         self._numpy = _Numpy()
         self._like = like
         # Keeps alive what an exporter had to copy, and the arrays: another could come to have the same id.
-        self._seen: dict[int, tuple[Any, np.ndarray[Any, Any]]] = {}
+        self.seen: dict[int, tuple[Any, np.ndarray[Any, Any]]] = {}
 
     def as_numpy(self, x: Any) -> np.ndarray[Any, Any]:
         if isinstance(x, np.ndarray):
             return x
-        if id(x) not in self._seen:
-            self._seen[id(x)] = (x, np.from_dlpack(x))
-        return self._seen[id(x)][1]
+        if id(x) not in self.seen:
+            self.seen[id(x)] = (x, np.from_dlpack(x))
+        return self.seen[id(x)][1]
 
     def view(self, x: Any) -> View:
         return self._numpy.view(self.as_numpy(x))
@@ -230,9 +230,13 @@ def _one(x: Any, name: str) -> Namespace:
             _TORCH[x.device] = space
         if x.dtype not in _TORCH_CODE:
             _check_known(name, x.dtype)
-        # Its memory holds the opposite of its values. (The compiler cannot trace is_neg, and makes no such views.)
-        if not torch.compiler.is_compiling() and x.is_neg():
-            raise TypeError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
+        if not torch.compiler.is_compiling():  # which cannot trace these, and makes no such tensors
+            if x.is_neg():  # its memory holds the opposite of its values
+                raise TypeError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
+            if not _has_memory(torch, x):
+                raise ValueError(
+                    f"{name} has no memory of its own (freed, fake or wrapped); pass a plain tensor"
+                )
         return space
     if isinstance(x, np.ndarray):
         if x.dtype not in NUMPY_NAME:
@@ -243,24 +247,41 @@ def _one(x: Any, name: str) -> Namespace:
         _check_known(name, x.dtype)
         device = int(x.device.id)
         return _CUPY.setdefault(device, _Cupy(device))
-    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
-        if int(x.__dlpack_device__()[0]) != 1:
-            raise TypeError(f"{name} is a {type(x).__name__} on a GPU; pass torch.from_dlpack({name})")
-        if not hasattr(x, "shape"):
-            raise TypeError(f"{name} is a {type(x).__name__} without a shape; pass numpy.from_dlpack({name})")
+    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__") and not isinstance(x, type):
         foreign = Dlpack(x)
-        if str(getattr(x, "dtype", "")) == "bfloat16":
-            raise TypeError(f"{name} has dtype bfloat16, which NumPy lacks; pass {name}.astype('float32')")
         try:
+            if int(x.__dlpack_device__()[0]) != 1:
+                raise TypeError(f"{name} is a {type(x).__name__} on a GPU; pass torch.from_dlpack({name})")
+            if not hasattr(x, "shape"):
+                raise TypeError(
+                    f"{name} is a {type(x).__name__} without a shape; pass numpy.from_dlpack({name})"
+                )
+            if str(getattr(x, "dtype", "")) == "bfloat16":
+                raise TypeError(f"{name} is of dtype bfloat16, which NumPy lacks; pass {name}.astype('float32')")
             seen = foreign.as_numpy(x)
         except Exception as error:
+            if str(error).startswith(f"{name} is"):
+                raise
             raise TypeError(f"{name} is a {type(x).__name__} that NumPy cannot take: {error}") from error
         _check_known(name, seen.dtype)
         _check_numpy(name, seen)
+        if tuple(x.shape) != seen.shape:
+            raise ValueError(
+                f"{name} says that its shape is {tuple(x.shape)}, but its DLPack holds {seen.shape}"
+            )
         return foreign
     raise TypeError(
         f"{name} must be a torch tensor, a NumPy or CuPy array or a DLPack object, not {type(x).__name__}"
     )
+
+
+def _has_memory(torch: Any, x: Any) -> bool:
+    """Whether x's elements lie where it says: not of storage that was resized to 0, nor of wrapper subclasses.
+    What a transform of torch.func wraps has its memory inside, and comes by here once more without the wrapper."""
+    try:
+        return bool(x.data_ptr()) or not x.numel()
+    except RuntimeError:
+        return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 def _check_known(name: str, dtype: Any) -> None:
@@ -291,7 +312,9 @@ def of(**arrays: Any) -> Namespace:
         space = _one(x, name)
         if first is None:
             first, first_name = space, name
-        elif space is not first and not (space.name == first.name == "dlpack"):
+        elif isinstance(space, Dlpack) and isinstance(first, Dlpack):
+            first.seen.update(space.seen)  # exported once: a capsule may be good for one use
+        elif space is not first:
             if space.name != first.name:
                 raise TypeError(
                     f"{first_name} is a {first.name} array and {name} a {space.name} array; "
@@ -302,10 +325,23 @@ def of(**arrays: Any) -> Namespace:
                 "move them to the same device"
             )
     if first is None:
-        raise TypeError("at least one array is needed")
+        raise TypeError(f"{next(iter(arrays))} must be an array, not None")
     if first.device >= 0:
         _need_cuda()
     return first
+
+
+def given(**arrays: Any) -> Namespace:
+    """`of` arrays that all must be there."""
+    for name, x in arrays.items():
+        if x is None:
+            raise TypeError(f"{name} must be an array, not None")
+    return of(**arrays)
+
+
+def indexable(space: Namespace, x: Any) -> Any:
+    """x, or what NumPy sees of a DLPack object that is nothing more."""
+    return space.as_numpy(x) if isinstance(space, Dlpack) and not hasattr(x, "__getitem__") else x
 
 
 def of_torch(x: Any) -> Namespace:

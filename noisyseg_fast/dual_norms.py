@@ -64,6 +64,8 @@ def norm_act(
     Raises TypeError for a wrong kind or dtype, ValueError for shapes and options, and what torch raises where there
     is but one value to take statistics of.
 
+    Extra memory: 4 bytes per number of a float32 x, the result's: as much as x.
+
     >>> y = norm_act(x, bn.weight, bn.bias, slope=0.0)   # batch norm with the batch's statistics, then ReLU
     """
     tensors = (x, weight, bias, slope if isinstance(slope, Tensor) else None)

@@ -98,6 +98,8 @@ def nr_dice_loss(
     reduction: "mean" over images and classes, "sum", "image" (mean over classes), or "none": (B, C'), or (C',)
     with per_image=False. An image with every pixel masked has loss 0, an empty batch too. The rest: module.
 
+    Extra memory: 0 bytes per pixel, with return_grad as much as logits.
+
     >>> loss = nr_dice_loss(logits, labels)          # (B, 1, H, W) float, (B, H, W) uint8
     >>> loss.backward()
     """
@@ -129,6 +131,8 @@ def dice_loss(
 
     denominator="squared": Milletari et al. 2016 (Wang et al. eq. 1); "linear": sum p + sum g, Soerensen,
     equal to MONAI's DiceLoss(sigmoid=True, smooth_nr=eps, smooth_dr=eps). The rest as in `nr_dice_loss`.
+
+    Extra memory: 0 bytes per pixel, with return_grad as much as logits.
     """
     options = _region_options(
         "dice", activation, denominator, per_image, include_background, label_smoothing, eps
@@ -157,6 +161,8 @@ def focal_dice_loss(
 
     beta > 0; PyMIC's `FocalDiceLoss` asks for beta >= 1, denominator="linear", softmax and per_image=False. A
     Dice of exactly 0 (eps = 0, no overlap) has slope 0. The rest as in `nr_dice_loss`.
+
+    Extra memory: 0 bytes per pixel, with return_grad as much as logits.
     """
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta must be positive, got {beta}")
@@ -198,6 +204,8 @@ def generalized_dice_loss(
     smooth_dr = eps; batch=True is per_image=False). Where all classes are absent (include_background=False)
     every v is 1, where MONAI has 0 and no gradient. reduction="none": (B,), or () with per_image=False. No
     gradient flows through v, since it depends on the target alone. The rest as in `nr_dice_loss`.
+
+    Extra memory: 0 bytes per pixel, with return_grad as much as logits.
     """
     options = _region_options(
         "generalized_dice",
@@ -250,6 +258,8 @@ def pixel_loss(
     not normalise, as in MCPM eq. 1. "image" the same for each image. "none" gives the loss map (B, *S),
     weighted. The rest: module.
 
+    Extra memory: 0 bytes per pixel (the map's with reduction="none"), with return_grad as much as logits.
+
     >>> loss_map = pixel_loss(logits, labels, kind="gce", q=0.7, reduction="none")
     """
     if kind == "boundary":
@@ -281,6 +291,8 @@ def dice_ce_loss(
 
     The plain sum is Wang et al., TMI 2020, Table I; UA-MT, DTML and SSL4MIS take 0.5 of each. class_weight and
     include_background=False concern one part alone: CE and Dice. reduction: "mean", "sum" or "image".
+
+    Extra memory: 0 bytes per pixel, with return_grad as much as logits.
     """
     return _dice_and(
         "ce",
@@ -313,7 +325,10 @@ def dice_mae_loss(
     reduction: str = "mean",
     return_grad: bool = False,
 ) -> Any:
-    """dice_weight * `dice_loss` + mae_weight * `pixel_loss(kind="mae")` from one reading; see `dice_ce_loss`."""
+    """dice_weight * `dice_loss` + mae_weight * `pixel_loss(kind="mae")` from one reading; see `dice_ce_loss`.
+
+    Extra memory: 0 bytes per pixel, with return_grad as much as logits.
+    """
     return _dice_and(
         "mae",
         (dice_weight, mae_weight),
@@ -342,10 +357,11 @@ def boundary_loss(
     distance_map phi (B, C, *S), any dtype, negative inside each class:
     `signed_distance_map(masks, convention="kervadec")`. With one channel also (B, *S). include_background=False
     leaves channel 0 out, of the mean too. weight, mask, reduction ("none": the map (B, *S)): as `pixel_loss`.
+
+    Extra memory: 0 bytes per pixel (the map's with reduction="none"), with return_grad as much as logits.
     """
     options = Options(_index("activation", activation, ACTIVATIONS), pixel=PIXEL_KINDS.index("boundary"))
-    if distance_map is None:
-        raise TypeError("distance_map must be an array, not None")
+    _arrays.given(logits=logits, distance_map=distance_map)
     shape = tuple(logits.shape)
     if len(shape) > 1 and tuple(distance_map.shape) == (shape[0], *shape[2:]) != shape and shape[1] == 1:
         distance_map = distance_map[:, None]
@@ -375,14 +391,15 @@ def consistency_loss(
     Both (B, C, *S), of any float dtypes. kind "mse" (mean teacher, UA-MT: mean over classes), "mae" (Wang et
     al., TMI 2020, eq. 4) or "kl" (sum over classes of t ln(t / p), t the teacher's); definitions and the other
     arguments as in `pixel_loss`. UA-MT's certainty mask goes to mask, and the mean is then over its pixels.
+
+    Extra memory: 0 bytes per pixel (the map's with reduction="none"), with return_grad as much as logits.
     """
     if kind not in ("mse", "mae", "kl"):
         raise ValueError(f"kind must be one of mse, mae, kl, got {kind!r}")
     options = Options(
         _index("activation", activation, ACTIVATIONS), **_pixel_options(kind, 1, 0), target_is_logits=True
     )
-    if target_logits is None:
-        raise TypeError("target_logits must be an array, not None")
+    _arrays.given(logits=logits, target_logits=target_logits)
     if tuple(target_logits.shape) != tuple(logits.shape):
         raise ValueError(
             f"target_logits has shape {tuple(target_logits.shape)}; it must be that of logits, "
@@ -591,11 +608,11 @@ class Plan(NamedTuple):
         logits, target, weight, mask, class_weight = arrays
         axes = self.axes
         if axes[0] is not None:
-            target = target[axes[0]]
+            target = _arrays.indexable(self.space, target)[axes[0]]
         if axes[1] is not None:
-            weight = weight[axes[1]]
+            weight = _arrays.indexable(self.space, weight)[axes[1]]
         if axes[2] is not None:
-            mask = mask[axes[2]]
+            mask = _arrays.indexable(self.space, mask)[axes[2]]
         return logits, target, weight, mask, class_weight if self.class_weight is None else self.class_weight
 
 
@@ -612,10 +629,9 @@ def _plan(arrays: Arrays, options: Options, ignore_index: int | None, reduction:
             raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")
         options = options._replace(has_ignore=True, ignore=int(ignore_index))
     logits, target, weight, mask, class_weight = arrays
+    if logits is None or target is None:
+        _arrays.given(logits=logits, target=target)
     space = _arrays.of(logits=logits, target=target, weight=weight, mask=mask)
-    for name, x in (("logits", logits), ("target", target)):
-        if x is None:
-            raise TypeError(f"{name} must be an array, not None")
     shape = tuple(logits.shape)
     if not 2 <= len(shape) <= _arrays.MAX_RANK:
         raise ValueError(

@@ -321,7 +321,7 @@ def unroll_reference(
                 after = _Random(x_k.device)
             weight = _weights(R_k, L if attached else L.detach(), L)
             if not weight.requires_grad:
-                weight = weight.requires_grad_()
+                weight = weight.detach().requires_grad_()  # not the caller's
             shift = torch.zeros_like(weight, requires_grad=True)  # its gradient is that in R
             moved = [n for n in rule.names if n in weights]
             total = ((weight + shift) * L).sum() / (divisor or L.numel())

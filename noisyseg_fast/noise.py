@@ -47,6 +47,8 @@ def dilate(
     radius: one for all, or one for each mask of a one-dimensional batch, in pixels, or in the unit of `spacing`
     (one for each spatial axis). Any radius costs the same. An empty mask stays empty. Raises ValueError for a
     negative or non-finite radius.
+
+    Extra memory: 6 bytes per pixel of uint8 masks.
     """
     batch = _batch(mask, spatial_dims, "mask")
     distance = distance_transform_edt(_object(batch) == 0, spacing, spatial_dims=batch.dims)
@@ -63,6 +65,8 @@ def erode(
     """The mask shrunk by a disk (ball): 1 where the distance to the nearest background pixel is > radius.
 
     The dual of `dilate`: the background is dilated. The image's edge is no background, so a full mask stays full.
+
+    Extra memory: 6 bytes per pixel of uint8 masks.
     """
     batch = _batch(mask, spatial_dims, "mask")
     distance = distance_transform_edt(_object(batch), spacing, spatial_dims=batch.dims)
@@ -78,7 +82,10 @@ def erode_or_dilate(
     seed: Any,
     spatial_dims: int | None = None,
 ) -> Any:
-    """Each mask dilated with probability `dilation`, otherwise eroded, by a radius or one drawn from (low, high)."""
+    """Each mask dilated with probability `dilation`, otherwise eroded, by a radius or one drawn from (low, high).
+
+    Extra memory: 7 bytes per pixel of uint8 masks.
+    """
     low, high = _range("radius", radius)
     _probability("dilation", dilation)
     batch = _batch(masks, spatial_dims)
@@ -102,6 +109,8 @@ def rater_bias(
 
     bias: (K,) in pixels or in the unit of spacing; to each item's a normal number times `spread` is added. Returns
     (..., K, *S). One distance transform serves all raters.
+
+    Extra memory: 10 bytes per pixel of uint8 masks and two raters.
     """
     biases = np.atleast_1d(np.asarray(bias, np.float64))
     if biases.ndim != 1 or not len(biases) or not np.isfinite(biases).all():
@@ -134,6 +143,8 @@ def shift(masks: Any, offset: int | Sequence[int], *, spatial_dims: int | None =
 
     offset: one integer for each spatial axis, positive towards larger indices; a single one moves along the last
     axis, to the right. Any dtype and values.
+
+    Extra memory: 1 byte per pixel of uint8 masks, the result's.
     """
     batch = _batch(masks, spatial_dims)
     steps: list[Any] = [0] * (batch.dims - 1) + [offset]
@@ -171,6 +182,8 @@ def elastic_deform(
     rotation by up to +-`rotation` degrees about the centre (3D: about each axis), translation by up to
     +-`translation` pixels along each axis, scaling by a factor from 1 - `scaling` to 1 + `scaling`, all uniform.
     fill: what lies outside the image.
+
+    Extra memory: 1 byte per pixel of uint8 masks, the result's.
     """
     for name, value in (("sigma", sigma), ("rotation", rotation), ("translation", translation)):
         if not 0 <= value < math.inf:
@@ -215,6 +228,8 @@ def deform(
     deform_grid; what lies outside the image is `fill`, of a pixel partly outside that part (SciPy's mode
     "grid-constant"). displacement: NumPy (dims, *points), or (B, dims, *points), in pixels. affine: NumPy
     (dims, dims + 1) or (B, dims, dims + 1). order, fill: see elastic_deform.
+
+    Extra memory: 1 byte per pixel of uint8 masks, the result's.
     """
     if order not in (0, 1):
         raise ValueError(f"order must be 0 (nearest) or 1 (linear), got {order!r}")
@@ -242,7 +257,7 @@ def deform(
     coefficients[:, 3 - dims :] = _spline_coefficients(grid).reshape((-1, dims, *lead, *grid.shape[2:]))
     full = np.tile(np.eye(3, 4), (count, 1, 1))
     full[:, 3 - dims :, 3 - dims :] = matrix
-    items = batch.items
+    items = _plain(batch.items, True)
     if order == 1 and batch.space.dtype(items) not in ("float32", "float64"):
         items = _cast(batch, items, "float32")
     image = _contiguous(items).reshape((count, *lead, *batch.spatial))
@@ -251,6 +266,9 @@ def deform(
     if count:
         given = (image, _device(batch, coefficients), _device(batch, full), order == 1, float(fill), out)
         _run(_core.deform, space, *given)
+    if items is not batch.items and order == 0:  # another integer dtype than the kernels'
+        dtype = batch.items.dtype
+        out = out.to(dtype) if hasattr(out, "to") else out.astype(dtype)
     return _restore(batch, out.reshape((count, *batch.spatial)))
 
 
@@ -271,6 +289,8 @@ def flip_square(masks: Any, size: int | Sequence[int], *, seed: Any, spatial_dim
     """The labels reversed in a square (cube) at a random place inside each image: UMA-Net's "label reversal".
 
     size: its side in pixels, or one for each axis; at most the image's.
+
+    Extra memory: 2 bytes per pixel of uint8 masks.
     """
     batch = _batch(masks, spatial_dims)
     sides = [size] * batch.dims if isinstance(size, (int, float, np.number)) else list(size)
@@ -300,6 +320,8 @@ def erase_component(
 
     which: "random" (each as likely), "largest" or "smallest" (of equals the first). connectivity: "full" (8 or 26
     neighbours) or "face" (4 or 6).
+
+    Extra memory: 9 bytes per pixel of uint8 masks.
     """
     _probability("probability", probability)
     if which not in ("random", "largest", "smallest"):
@@ -325,6 +347,8 @@ def connected_components(masks: Any, *, connectivity: str = "full", spatial_dims
     """int32 labels: 0 for background, else 1 + the index within the item of the component's first pixel.
 
     Not numbered in turn, so that no pass over the image is needed for it. connectivity: see erase_component.
+
+    Extra memory: 5 bytes per pixel of uint8 masks.
     """
     batch = _batch(masks, spatial_dims)
     return _restore(batch, _components(batch, _object(batch, "masks", True), connectivity))
@@ -345,6 +369,8 @@ def polygonize(
     components: "all", or "largest". The first vertex lies at the contour's first pixel in reading order, or with a
     seed at a random place. Pixels whose centre is inside or on the polygon are set, so holes are filled, and an
     object too small for a polygon keeps its vertices. In 3D slice by slice along the first spatial axis.
+
+    Extra memory: 8 bytes per pixel of uint8 masks.
     """
     if not isinstance(vertices, (int, np.integer)) or vertices < 3:
         raise ValueError(f"vertices must be an integer of 3 or more, got {vertices!r}")
@@ -424,6 +450,8 @@ def distort_boundary(
     share: of the contour's pixels that become the centre of a disk to add, and the same for one to remove. radius: in
     pixels, one integer or (least, most), drawn for each disk. The contour is the object's pixels with a face
     neighbour in the background. All disks are made by one distance transform, whatever their number and size.
+
+    Extra memory: 20 bytes per pixel of uint8 masks.
     """
     low, high = (round(r) for r in _range("radius", radius))
     _probability("share", share)
@@ -500,6 +528,8 @@ def mixture(
 
     noises: `Noise`, `Calibration` or anything called as noise(masks, seed=[...], spatial_dims=...). Probabilities may
     sum up to less than 1; the rest stays clean. Every result is in the masks' dtype.
+
+    Extra memory: 2 bytes per pixel of uint8 masks, and the operator's own.
     """
     chances = (
         [1 / len(noises)] * len(noises) if probabilities is None and noises else list(probabilities or ())
@@ -531,6 +561,8 @@ def each_label(
     """A label map after `noise` on one class after the other, all with the same seed.
 
     Where the results overlap the smaller label stays. labels: integers >= 0.
+
+    Extra memory: 7 bytes per pixel of uint8 labels, most of it the operator's own.
     """
     batch = _batch(labels, spatial_dims, "labels")
     out = _library(batch).zeros_like(batch.items)
@@ -615,6 +647,8 @@ def calibrate(
     pixels), a share of the items takes the next magnitude. unreachable: "error", or "closest": take the bound that
     comes nearest; `dice` says what it gives.
 
+    Extra memory: 6 bytes per pixel of uint8 masks, most of it the operator's own.
+
     >>> calibrate("dilate", masks, 0.8)(masks, seed=1)  # UMA-Net's low noise; 0.7 is its high noise
     """
     if not 0 < target_dice < 1:
@@ -622,11 +656,13 @@ def calibrate(
     if unreachable not in ("error", "closest"):
         raise ValueError(f"unreachable must be error or closest, got {unreachable!r}")
     if isinstance(masks, (list, tuple)):
+        _arrays.of(**{f"masks[{i}]": _plain(m, False) for i, m in enumerate(masks)})
         batches = [_batch(m[None], len(m.shape)) for m in masks]
         seeds: list[Any] = [[r] for r in seed] if isinstance(seed, (list, tuple, np.ndarray)) else []
         if len(seeds) != len(masks) or not masks:
             raise ValueError(f"a list of {len(masks)} masks needs as many seeds, at least one")
     else:
+        _arrays.of(masks=_plain(masks, False))
         batches = [_batch(masks, len(masks.shape) - 1 if spatial_dims is None else spatial_dims)]
         seeds = [seed if isinstance(seed, (list, tuple, np.ndarray)) else _one_seed(seed)]
     longest = [max(sides) for sides in zip(*(b.spatial for b in batches), strict=True)]
@@ -707,9 +743,17 @@ def _of_strength(
 
 
 def dice_of(noisy: Any, clean: Any, *, spatial_dims: int | None = None) -> NDArray[np.float64]:
-    """Dice of each noisy mask against the clean one, (B,); 1 where both are empty. Nonzero is object."""
+    """Dice of each noisy mask against the clean one, (B,); 1 where both are empty. Nonzero is object.
+
+    Extra memory: 2 bytes per pixel.
+    """
     from .metrics import overlap_metrics
 
+    _arrays.given(noisy=_plain(noisy, False), clean=_plain(clean, False))
+    if tuple(noisy.shape) != tuple(clean.shape):
+        raise ValueError(
+            f"noisy has shape {tuple(noisy.shape)} and clean {tuple(clean.shape)}; they must be the same"
+        )
     batch, other = _batch(clean, spatial_dims, "clean"), _batch(noisy, spatial_dims, "noisy")
     if not batch.size:
         return np.zeros(0)
@@ -748,7 +792,10 @@ def simulate_raters(
     spline, and an erased component, each with the strength that gives the mean Dice target_dice (0.8: the paper's
     low noise, 0.7: high noise; it states no other parameter). An operator that cannot come as far (a spline through
     three points of a round object) goes as far as it can: see `calibrations[k].dice`. masks: (B, *S).
+
+    Extra memory: 3 bytes per pixel of uint8 masks and one rater, and the operator's own.
     """
+    _arrays.of(masks=_plain(masks, False))
     batch = _batch(masks, len(masks.shape) - 1 if spatial_dims is None else spatial_dims)
     random = _generators(seed, batch.size, _RATERS)
     drawn, calibrations = [], []
@@ -791,16 +838,23 @@ def corrupt(
 
     masks: (N, *S). Returns the corrupted masks, 0 and 1 in the same shape and dtype, and the radii (N,) in
     pixels. The paper does not name the structuring element; here it is the Euclidean disk of `dilate`.
+
+    Extra memory: 6 bytes per pixel of uint8 masks.
     """
-    if not len(masks):
+    _arrays.of(masks=_plain(masks, False))
+    if not masks.shape or not masks.shape[0]:
         raise ValueError(f"masks must hold at least one mask, got shape {tuple(masks.shape)}")
-    radii = corruption_radii(len(masks), rate, max_radius, seed)
-    dims = masks.ndim - 1 if spatial_dims is None else spatial_dims
+    radii = corruption_radii(masks.shape[0], rate, max_radius, seed)
+    dims = len(masks.shape) - 1 if spatial_dims is None else spatial_dims
     return dilate(masks, [float(r) for r in radii], spatial_dims=dims), radii
 
 
 def dilate_labels(labels: Any, radius: float) -> Any:
-    """`dilate` for a label map (*S): each class grows over background only, smaller labels first."""
+    """`dilate` for a label map (*S): each class grows over background only, smaller labels first.
+
+    Extra memory: 8 bytes per pixel of uint8 labels.
+    """
+    batch = _batch(labels, None, "labels")
     if radius == 0:
         return labels
     batch = _batch(labels, len(labels.shape), "labels")
@@ -823,12 +877,13 @@ class _Batch(NamedTuple):
     shape: tuple[int, ...]  # as given
     space: _arrays.Namespace  # of the items
     given: _arrays.Namespace  # of the caller's array
+    dtype: Any  # of the caller's array
 
 
 def _batch(masks: Any, spatial_dims: int | None, name: str = "masks") -> _Batch:
     given = _arrays.of(**{name: _plain(masks, False)})
-    if given.name == "dlpack":
-        masks = np.from_dlpack(masks)
+    if isinstance(given, _arrays.Dlpack):
+        masks = given.as_numpy(masks)
     space = _arrays.of(**{name: _plain(masks, False)})
     shape = tuple(masks.shape)
     dims = len(shape) if spatial_dims is None else spatial_dims
@@ -842,7 +897,10 @@ def _batch(masks: Any, spatial_dims: int | None, name: str = "masks") -> _Batch:
     if 0 in spatial:
         raise ValueError(f"{name} has a spatial axis of size 0: shape {shape}")
     count = math.prod(shape[: len(shape) - dims])
-    return _Batch(masks.reshape((count, *spatial)), count, spatial, dims, shape, space, given)
+    dtype = masks.dtype
+    if str(dtype) in ("torch.uint16", "torch.uint32", "torch.uint64"):  # of which torch can do little
+        masks = _plain(masks, True)
+    return _Batch(masks.reshape((count, *spatial)), count, spatial, dims, shape, space, given, dtype)
 
 
 def _object(batch: _Batch, name: str = "masks", any_labels: bool = False) -> Any:
@@ -855,7 +913,9 @@ def _object(batch: _Batch, name: str = "masks", any_labels: bool = False) -> Any
         return _contiguous(items)
     inside = items != 0
     if not any_labels and batch.size:
+        items = _plain(items, False)
         top = items.max()
+        top = top if top != 0 else items.min()
         if bool((inside & (items != top)).any()):
             raise ValueError(
                 f"{name} holds more labels than 0 and {int(top)}; use noise.each_label, or pass one class"
@@ -866,12 +926,14 @@ def _object(batch: _Batch, name: str = "masks", any_labels: bool = False) -> Any
 def _restore(batch: _Batch, out: Any, more: tuple[int, ...] = ()) -> Any:
     """(B, *more, *S) as the caller's kind of array and batch axes."""
     lead = batch.shape[: len(batch.shape) - batch.dims]
+    if out.dtype == batch.items.dtype != batch.dtype:
+        out = out.to(batch.dtype)
     return batch.given.back(out.reshape((*lead, *more, *batch.spatial)))
 
 
 def _result(batch: _Batch, inside: Any, more: tuple[int, ...] = ()) -> Any:
     """_restore of a bool array, in the masks' dtype."""
-    dtype = batch.items.dtype
+    dtype = batch.dtype
     return _restore(batch, inside.astype(dtype) if hasattr(inside, "astype") else inside.to(dtype), more)
 
 

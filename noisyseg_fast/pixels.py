@@ -52,6 +52,8 @@ def quantile(
 
     Returns shape () or (len(q),); with per_image (B,) or (len(q), B).
 
+    Extra memory: 0 bytes per value.
+
     >>> quantile(loss, 0.9, mask=label != 255)
     """
     space, view, inside, rows = _rows(values, mask, per_image)
@@ -93,6 +95,8 @@ def topk_threshold(
     the values' device. Where there are fewer than k values, the last of them; NaN where there is none or k < 1.
 
     Returns shape (), with per_image (B,).
+
+    Extra memory: 0 bytes per value.
     """
     space, view, inside, rows = _rows(values, mask, per_image)
     number, counts = _k(space, k, rows, per_image, 1)
@@ -109,6 +113,8 @@ def topk_mask(values: Any, k: Any, *, largest: bool = True, per_image: bool = Fa
 
     values, k, mask: as in `topk_threshold`, but k may be 0. Exactly k are chosen: of values that tie with the last,
     those that come first in the order of the axes. All (but NaN) where there are fewer. -0 and 0 tie.
+
+    Extra memory: 1 byte per value, the result's.
 
     >>> hard = topk_mask(loss, loss[0].numel() // 10, per_image=True)
     """
@@ -148,6 +154,8 @@ def confident_joint(probabilities: Any, label: Any) -> Any:
     diagonal count is at least 1.
 
     The means are those of whole multiples of 2^-52, which add up alike in any order.
+
+    Extra memory: 0 bytes per pixel.
     """
     space, p, given, classes = _labelled(probabilities, label)
     out = space.empty((classes, classes), "int64")
@@ -175,6 +183,8 @@ def label_errors(probabilities: Any, label: Any, prune: str = "both") -> Any:
     The pixels are read seven times or so (twice for the joint, once for each digit, once to write), nothing is kept of
     them: the memory beside the result is 70 kB for two classes, 11 MB for 255 (on the CPU half as much more for each
     thread).
+
+    Extra memory: 1 byte per pixel, the result's.
     """
     if prune not in _PRUNE:
         raise ValueError(f"prune must be both, class or noise_rate, got {prune!r}")
@@ -193,6 +203,7 @@ def _rows(
     values: Any, mask: Any, per_image: bool
 ) -> tuple[_arrays.Namespace, _arrays.View, _arrays.View | None, int]:
     """values and mask as (rows, 1, *S): of all values one row."""
+    _arrays.given(values=values)
     space = _arrays.of(values=values, mask=mask)
     _arrays.check_dtype("values", space.dtype(values), _arrays.FLOATS)
     shape = tuple(values.shape)
@@ -235,7 +246,7 @@ def _k(
 
 
 def _labelled(probabilities: Any, label: Any) -> tuple[_arrays.Namespace, _arrays.View, _arrays.View, int]:
-    space = _arrays.of(probabilities=probabilities, label=label)
+    space = _arrays.given(probabilities=probabilities, label=label)
     _arrays.check_dtype("probabilities", space.dtype(probabilities), _arrays.FLOATS)
     _arrays.check_dtype("label", space.dtype(label), _arrays.LABELS)
     _arrays.check_rank("probabilities", probabilities)

@@ -54,6 +54,8 @@ def ce_dual(z: Any, zdot: Any, y: Any, *, activation: str | None = None) -> tupl
     Labels out of range raise ValueError; on CUDA, where looking would mean waiting, such pixels are NaN. Where a
     gradient with respect to z or zdot is asked for, plain PyTorch computes it.
 
+    Extra memory: 8 bytes per pixel, the results' (16 in float64).
+
     >>> L, Ldot = ce_dual(z, zdot, y)      # z, zdot (16, 2, 64, 64), y (16, 64, 64) uint8
     """
     for name, x in (("z", z), ("zdot", zdot), ("y", y)):
@@ -100,6 +102,8 @@ def mask_net(L: Any, theta: MaskNetTheta | Sequence[Any]) -> Any:
     L (B, H, W) or (B, D, H, W); `theta`: `MaskNetTheta`, of as many spatial axes; R as L. The convolutions are those
     of PyTorch (cross-correlations), zeros around L. What the paper leaves open (widths, activations, biases) is
     METHODS.md's choice: 16 channels each, ReLU, sigmoid. L is detached in MCPM: pass `L.detach()`.
+
+    Extra memory: 4 bytes per pixel, the result's (8 in float64).
     """
     return _net("mask_net", L, theta)
 
@@ -110,6 +114,8 @@ def mask_net_vjp(
     """dtheta = (dR/dtheta)^T dR, a `MaskNetTheta`, for R = mask_net(L, theta); outside autograd.
 
     dR, R and L (B, *S) alike. attached=True gives (dtheta, dL).
+
+    Extra memory: 12 bytes per pixel of 2D float32 maps with attached=True (the result's and sums by tiles), 0 without.
     """
     return _net_vjp("mask_net", dR, R, L, theta, attached)
 
@@ -121,12 +127,17 @@ def mw_net(L: Any, theta: MWNetTheta | Sequence[Any]) -> Any:
     Before the sigmoid such a function of one number is piecewise linear. On the CPU it is evaluated so: the segments
     are found by table, at a cost that does not grow with H, and the vjp needs only each segment's sums of s and s L,
     s = dR R (1 - R). The same numbers but for the order of additions.
+
+    Extra memory: 4 bytes per pixel, the result's (8 in float64).
     """
     return _net("mw_net", L, theta)
 
 
 def mw_net_vjp(dR: Any, R: Any, L: Any, theta: MWNetTheta | Sequence[Any], *, attached: bool = False) -> Any:
-    """dtheta, a `MWNetTheta`, for R = mw_net(L, theta); attached=True gives (dtheta, dL). Outside autograd."""
+    """dtheta, a `MWNetTheta`, for R = mw_net(L, theta); attached=True gives (dtheta, dL). Outside autograd.
+
+    Extra memory: 0 bytes per pixel, with attached=True as much as L.
+    """
     return _net_vjp("mw_net", dR, R, L, theta, attached)
 
 

@@ -279,7 +279,7 @@ def test_cuda_array_with_a_build_without_cuda(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_no_array() -> None:
-    with pytest.raises(TypeError, match="at least one array is needed"):
+    with pytest.raises(TypeError, match="a must be an array, not None"):
         _arrays.of(a=None)
 
 

@@ -204,11 +204,11 @@ struct Em {
   uint8_t* digits;   // (slots, M)
 };
 
-Em em_at(char* p, int64_t slots, int64_t raters, int64_t classes, int64_t* bytes) {
-  const char* const begin = p;
+Em em_at(char* begin, int64_t slots, int64_t raters, int64_t classes, int64_t* bytes) {
+  int64_t at = 0;
   const auto take = [&](int64_t n) {
-    char* const here = p;
-    p += (n + 63) / 64 * 64;
+    char* const here = begin ? begin + at : nullptr;  // null: only how much
+    at += (n + 63) / 64 * 64;
     return here;
   };
   Em em;
@@ -218,7 +218,7 @@ Em em_at(char* p, int64_t slots, int64_t raters, int64_t classes, int64_t* bytes
   em.prior = reinterpret_cast<double*>(take(classes * 8));
   em.slot = reinterpret_cast<int32_t*>(take(slots * 4));
   em.digits = reinterpret_cast<uint8_t*>(take(slots * raters));
-  if (bytes) *bytes = p - begin;
+  if (bytes) *bytes = at;
   return em;
 }
 
@@ -361,9 +361,11 @@ bool vote_patterns(const Array& annotations, const Array& extra, const Array& pr
                    const VoteOptions& options, const Array& index, const Array& keys, const Array& counts,
                    void* workspace, const Exec& exec) {
   const Votes votes(annotations, extra, present, options);
+  formulas::check_patterns(votes.rules, votes.raters);
   const int64_t slots = counts.shape[1];
   const int threads = threads_for(exec, votes.layout.batch * votes.layout.pixels() * votes.raters);
   int64_t* const count = static_cast<int64_t*>(counts.data);
+  if (keys && slots < 2) throw std::invalid_argument("a hash table needs two slots or more");
   if (keys)
     return count_hashed(votes, threads, static_cast<int32_t*>(index.data), slots,
                         static_cast<int64_t*>(keys.data), count);
@@ -378,6 +380,7 @@ bool vote_patterns(const Array& annotations, const Array& extra, const Array& pr
 void vote_codes(const Array& annotations, const Array& extra, const Array& present,
                 const VoteOptions& options, const Array& codes, const Exec& exec) {
   const Votes votes(annotations, extra, present, options);
+  formulas::check_patterns(votes.rules, votes.raters);
   const int64_t pixels = votes.layout.pixels();
   const int threads = threads_for(exec, votes.layout.batch * pixels * votes.raters);
   for_parts(votes.layout.batch, parts_of(pixels), threads, [&](int64_t b, int64_t p, int) {
@@ -450,6 +453,7 @@ size_t majority_vote_workspace(int64_t slots) { return static_cast<size_t>(slots
 void majority_vote(const Array& annotations, const Array& present, const VoteOptions& options, Tie tie,
                    int64_t tie_value, int64_t slots, const Array& out, void* workspace, const Exec& exec) {
   const Votes votes(annotations, {}, present, options);
+  formulas::check_patterns(votes.rules, votes.raters);
 #define VOTE(T) \
   vote(votes, tie, tie_value, slots, static_cast<T*>(out.data), static_cast<T*>(workspace), exec)
   switch (out.dtype) {

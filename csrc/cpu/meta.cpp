@@ -624,7 +624,7 @@ struct Mw {
       by_intercept[rank] = sign * static_cast<double>(w2[j]) * static_cast<double>(b1[j]);
       p.threshold[rank] = static_cast<T>(p.edge[j]);
     }
-    p.threshold[p.count] = static_cast<T>(infinity);
+    p.threshold[p.count] = static_cast<T>(__builtin_nan(""));  // above every x, the infinite ones too
     for (int k = 0; k <= p.count; ++k) {
       p.slope[k] = static_cast<T>(slope), p.intercept[k] = static_cast<T>(intercept);
       if (k < p.count) slope += by_slope[k], intercept += by_intercept[k];

@@ -417,6 +417,7 @@ bool vote_patterns(const Array& annotations, const Array& extra, const Array& pr
   if (keys) throw std::invalid_argument("keys are for the CPU; use vote_codes");
   const DeviceGuard guard(exec.device);
   const Votes v = votes_of(annotations, extra, present, options);
+  formulas::check_patterns(v.rules, v.layout.channels + (extra ? 1 : 0));
   const int64_t slots = counts.shape[1], pixels = v.layout.pixels();
   u64* const count = static_cast<u64*>(counts.data);
   NOISYSEG_LAUNCH((clear_counts), grid_of(1, counts.size()), threads, 0, exec, count, counts.size());
@@ -438,6 +439,7 @@ void vote_codes(const Array& annotations, const Array& extra, const Array& prese
                 const VoteOptions& options, const Array& codes, const Exec& exec) {
   const DeviceGuard guard(exec.device);
   const Votes v = votes_of(annotations, extra, present, options);
+  formulas::check_patterns(v.rules, v.layout.channels + (extra ? 1 : 0));
 #define CASE(T)                                                                                      \
   NOISYSEG_LAUNCH((write_codes<T>), grid_of(v.layout.batch, v.layout.pixels()), threads, 0, exec, v, \
                   static_cast<int64_t*>(codes.data));
@@ -483,6 +485,7 @@ void majority_vote(const Array& annotations, const Array& present, const VoteOpt
                    int64_t tie_value, int64_t slots, const Array& out, void* workspace, const Exec& exec) {
   const DeviceGuard guard(exec.device);
   const Votes v = votes_of(annotations, {}, present, options);
+  formulas::check_patterns(v.rules, v.layout.channels);
 #define CASE(T)                                                                                              \
   {                                                                                                          \
     T* const table = slots ? static_cast<T*>(workspace) : nullptr;                                           \

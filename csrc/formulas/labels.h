@@ -111,4 +111,12 @@ static inline VoteRules rules_of(const VoteOptions& o) {
   return {o.missing, o.classes, o.classes + o.can_miss, o.binary, o.has_missing};
 }
 
+// Patterns are int64: Python's callers stay below 2^62 too.
+static inline void check_patterns(const VoteRules& rules, int64_t raters) {
+  int64_t most = int64_t{1} << 62;
+  for (int64_t m = 0; m < raters; ++m) most /= rules.base;
+  if (most < 1)
+    throw std::invalid_argument("there are 2^62 possible patterns or more; use fewer raters or classes");
+}
+
 }  // namespace noisyseg::formulas

@@ -273,6 +273,8 @@ static inline void check_polygons(const Array& vertices, const Array& first, con
   need(vertices.dtype == DType::i32 && vertices.rank == 3 && vertices.shape[2] == 2,
        "vertices must be int32 (P, m, 2)");
   need(out.dtype == DType::u8 && out.rank == 3, "out must be uint8 (B, H, W)");
+  need(out.shape[1] <= 1 << 20 && out.shape[2] <= 1 << 20,
+       "polygons are filled in images of up to 2^20 rows and columns");
   need(first.dtype == DType::i64 && first.shape[0] == out.shape[0] + 1, "first must be int64 (B + 1)");
 }
 
@@ -283,6 +285,9 @@ static inline Deformation deformation(const Array& image, const Array& coefficie
        "coefficients and affine must be float64");
   need(!o.linear || image.dtype == DType::f32 || image.dtype == DType::f64,
        "linear needs float32 or float64");
+  const double top = image.dtype == DType::i64 ? 9e18 : image.dtype == DType::i32 ? 2147483647.0 : 255.0;
+  need(image.dtype >= DType::f16 || (o.fill <= top && o.fill >= (top > 255 ? -top : 0)),
+       "fill must be a value of the image's dtype");
   Deformation d = {};
   d.items = image.shape[0];
   need(coefficients.shape[0] == d.items && coefficients.shape[1] == 3 && affine.shape[0] == d.items &&

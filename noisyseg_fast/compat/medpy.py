@@ -107,7 +107,12 @@ def _surface(result: Any, reference: Any, spacing: Spacing, connectivity: int) -
 
 
 def _masks(result: Any, reference: Any) -> tuple[Any, Any]:
-    return as_mask(result, _arrays.LABELS), as_mask(reference, _arrays.LABELS)
+    masks = as_mask(result, _arrays.LABELS, "result"), as_mask(reference, _arrays.LABELS, "reference")
+    _arrays.of(result=masks[0], reference=masks[1])
+    shapes = [tuple(x.shape) for x in masks]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"result has shape {shapes[0]} and reference {shapes[1]}; they must be the same")
+    return masks
 
 
 def _small(result: Any, reference: Any) -> tuple[Any, Any] | None:

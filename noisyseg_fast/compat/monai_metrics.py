@@ -130,7 +130,7 @@ def _prepared(y_pred: Any, y: Any, include_background: bool, spacing: Any) -> tu
 def _bool(x: Any) -> Any:
     x = torch.as_tensor(x)
     x = x.as_tensor() if hasattr(x, "as_tensor") else x  # MONAI's MetaTensor
-    return x if x.dtype in (torch.bool, torch.uint8) else x != 0
+    return x if x.dtype == torch.bool else x != 0  # of uint8, any() and ~ are no booleans
 
 
 def _surface(pred: Any, target: Any, sizes: list[Any], **options: Any) -> metrics.SurfaceMetrics:

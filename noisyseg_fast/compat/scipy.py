@@ -44,7 +44,7 @@ def distance_transform_edt(
         wrong.append("return_indices must be True if indices is supplied")
     if wrong:
         raise RuntimeError(", ".join(wrong))
-    mask = as_mask(input, distance.INTEGERS)
+    mask = as_mask(input, distance.INTEGERS, "input")
     back = _arrays.Dlpack(input).back if _foreign(input) else lambda x: x
     shape, rank = tuple(mask.shape), len(mask.shape)
     if rank > 3:
@@ -69,17 +69,35 @@ def distance_transform_edt(
     return (tuple(result) if len(result) == 2 else result[0]) if result else None
 
 
-def as_mask(x: Any, dtypes: Sequence[str]) -> Any:
-    """x as an array of one of those dtypes with at least one axis: itself, or where it is not 0."""
-    if not hasattr(x, "__dlpack__") and not hasattr(x, "__cuda_array_interface__"):
+def as_mask(x: Any, dtypes: Sequence[str], name: str) -> Any:
+    """x as an array of one of those dtypes with at least one axis: itself, or where it is not 0.
+
+    Raises TypeError for what has no numbers: None, text, dates, records; and for arrays of unknown devices."""
+    if isinstance(x, type) or (not hasattr(x, "__dlpack__") and not hasattr(x, "__cuda_array_interface__")):
         x = np.asarray(x)
     if _foreign(x):
-        x = np.from_dlpack(x)
+        try:
+            x = np.from_dlpack(x)
+        except Exception:
+            _arrays.of(**{name: x})  # says why not
+            raise
+    if isinstance(x, np.ndarray) and (x.dtype.kind in "SUVMm" or (x.dtype.hasobject and not _numbers(x))):
+        raise TypeError(f"{name} must be an array of numbers, got dtype {x.dtype}")
+    if type(x).__module__.split(".")[0] == "torch" and (str(x.layout) != "torch.strided" or x.is_nested):
+        _arrays.of(**{name: x})  # says why not
     if len(x.shape) == 0:
         x = x.reshape(1)
-    if isinstance(x, np.ndarray):
-        return x if _arrays.NUMPY_NAME.get(x.dtype) in dtypes else x != 0
-    return x if str(x.dtype).removeprefix("torch.") in dtypes else x != 0
+    known = str(x.dtype).removeprefix("torch.") in dtypes and not (
+        isinstance(x, np.ndarray) and not x.dtype.isnative
+    )
+    mask = x if known else x != 0
+    if str(mask.dtype).removeprefix("torch.") in _arrays.LABELS:
+        _arrays.of(**{name: mask})
+    return mask
+
+
+def _numbers(x: np.ndarray[Any, Any]) -> bool:
+    return all(isinstance(v, (bool, int, float, complex, np.number, np.bool_)) for v in x.flat)
 
 
 def _foreign(x: Any) -> bool:

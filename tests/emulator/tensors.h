@@ -17,7 +17,11 @@ using namespace noisyseg;
 using Shape = std::vector<int64_t>;
 enum class Order { contiguous, channels_last, strided, expanded };
 
+#ifdef NOISYSEG_RANDOMNESS  // of another driver
+NOISYSEG_RANDOMNESS randomness;
+#else
 std::mt19937 randomness(1);
+#endif
 int64_t pick(int64_t n) { return static_cast<int64_t>(randomness() % static_cast<unsigned>(n)); }
 template <class T>
 T pick(std::initializer_list<T> from) {

@@ -28,8 +28,8 @@ struct StapleOptions {
 // vote_patterns: index (B, pixels) u8 or i32, contiguous, each pixel's slot; counts (B, slots) i64, the
 // pixels
 //   of each slot. Without keys a slot is a pattern and slots = base^(raters). With keys (B, slots) i64, CPU
-//   only, slots is a power of two: a hash table, keys the patterns; false where more than half of it would be
-//   filled. extra: null or (B, *S), one more rater, the last.
+//   only, slots is a power of two from 2 on: a hash table, keys the patterns; false where more than half of
+//   it would be filled. extra: null or (B, *S), one more rater, the last.
 // vote_codes: codes (B, pixels) i64, each pixel's pattern.
 // staple: EM (Warfield et al., 2004) over the patterns of slots whose count is not 0. prior: null (the mean
 // of

@@ -30,7 +30,8 @@ struct DeformOptions {
   void contour_vertices(const Array& labels, const Array& starts, const Array& phases, const Array& out,     \
                         const Exec& exec);                                                                   \
   size_t fill_workspace(const Array& out, const Exec& exec);                                                 \
-  /* vertices: i32 (P, m, 2), row and column in 1/256 pixel; first: i64 (B + 1), the polygons of item b are  \
+  /* vertices: i32 (P, m, 2), row and column in 1/256 pixel, within +-2^29; first: i64 (B + 1), the */       \
+  /* polygons of item b are                                                                                  \
    */                                                                                                        \
   /* first[b] to first[b + 1] - 1. out: u8 (B, H, W), zeroed; 1 where a pixel's centre is inside a polygon   \
    */                                                                                                        \
