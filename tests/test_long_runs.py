@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,14 +159,20 @@ def untested(monkeypatch, read_once):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tiny, tmp_path_factory, read_once):
-    """The end of the cross-entropy run."""
+def finished(tiny, tmp_path_factory, read_once):
+    """The folder of the cross-entropy run, only to be read."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine._Loop, "finish", lambda self, *_: None)
         patch.setattr(engine, "Store", read_once)
         out = tmp_path_factory.mktemp("runs") / "whole"
         train(of(tiny, "ce", out), report=False)
-    return end(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(finished):
+    """The end of the cross-entropy run."""
+    return end(finished)
 
 
 def goes_on(out, uninterrupted):
@@ -433,11 +440,11 @@ def other(tiny, tmp_path_factory, read_once):
     ],
 )
 def test_a_bad_checkpoint_is_refused_and_the_one_before_it_used(
-    tiny, tmp_path, monkeypatch, untested, uninterrupted, other, caplog, spoil, message
+    finished, tmp_path, monkeypatch, untested, uninterrupted, other, caplog, spoil, message
 ):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
-    train(of(tiny, "ce", out), report=False)
+    shutil.copytree(finished, out)
     spoil(out / "last.pt", other)
     train(engine.read_config(out), resume=True, report=False)
     same(uninterrupted, end(out))
@@ -448,8 +455,8 @@ def test_a_bad_checkpoint_is_refused_and_the_one_before_it_used(
     assert not (tmp_path / "exploded").exists()
 
 
-def test_without_any_good_checkpoint(tiny, tmp_path, untested):
-    train(of(tiny, "ce", tmp_path), report=False)
+def test_without_any_good_checkpoint(finished, tmp_path, untested):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for name in ("last.pt", "last-1.pt"):
         (tmp_path / name).write_bytes(b"")
     with refuses(ValueError, "no checkpoint is left to resume from") as error:
@@ -542,7 +549,7 @@ def json_of(path):
 
 @pytest.mark.parametrize("name", KEEPING)
 def test_skip_leaves_the_step_out_as_if_it_had_not_been(name, tiny, tmp_path, monkeypatch, untested, caplog):
-    config = replace(of(tiny, name, tmp_path / "skip"), on_nan="skip")
+    config = replace(of(tiny, name, tmp_path / "skip"), epochs=1, on_nan="skip")
     with monkeypatch.context() as patch:
         poisoned(patch, {1}, in_one_image)
         train(config, report=False)
