@@ -46,7 +46,7 @@ def markdown(text: str) -> str:
 def _plain(text: str) -> str:
     """Asterisks and angle brackets as themselves, outside `code`."""
     parts = text.split("`")
-    parts[::2] = [re.sub(r"([*<])", r"\\\1", p) for p in parts[::2]]
+    parts[::2] = [p.replace("*", r"\*").replace("<", "&lt;") for p in parts[::2]]
     return "`".join(parts)
 
 
