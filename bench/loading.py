@@ -1,7 +1,7 @@
 """Training items a second from each kind of cache, beside what the training step takes: python -m bench.loading
 
 Volumes as .nii.gz; each kind of cache is measured in turn, round by round, and the best round counts. What matters is
-the last column: below 1, the network waits for data, and more --workers, which load side by side, or another cache help.
+the last column: below 1, the network waits for data; more --workers, which load side by side, or another cache help.
 """
 
 from __future__ import annotations

@@ -100,6 +100,14 @@ def other_checksum(path: Path) -> None:
     path.write_bytes(data)
 
 
+def extended(path: Path) -> None:
+    data = bytearray(plain())
+    struct.pack_into("<f", data, 108, 384)
+    path.write_bytes(
+        bytes(data[:348]) + struct.pack("<4sii24s", b"\1", 2**31 - 16, 4, b"") + bytes(data[352:])
+    )
+
+
 def bomb(path: Path) -> None:
     """100 MB of zeros in 100 KB, and a header that is right."""
     data = bytearray(plain())
@@ -164,6 +172,11 @@ IMAGES = [
         "FILE: announces 108 TB of data, which SIZE in the file cannot hold; it is cut off or its header is wrong",
     ),
     Bad("A bomb: more than the memory holds", "a.nii.gz", bomb, "FILE: needs 100 MB of memory, there are 50 MB"),
+    Bad("Data that begin in the header", "a.nii", patched(108, "f", 0, packed=False), NIFTI + "its data begin at byte 0"),
+    Bad(
+        "A length of a header's extension that cannot be", "a.nii", extended,
+        NIFTI + "the extensions of its header are damaged",
+    ),
     Bad(
         "A size of 0", "a.nii.gz", patched(40, "8h", 3, 32, 0, 1, 1, 1, 1, 1),
         "FILE: has shape (32, 0, 1); a 2D image or a 3D volume is needed",

@@ -216,7 +216,7 @@ def _check_header(path: Path, header: Any, packed: bool) -> None:
             f"{path}: cannot be read as NIfTI: its data type {int(header['datatype'])} is unknown"
         ) from None
     offset = float(header["vox_offset"])
-    if not 0 <= offset < 1 << 40:
+    if not header.template_dtype.itemsize + 4 <= offset < 1 << 40:
         raise DataError(f"{path}: cannot be read as NIfTI: its data begin at byte {offset:g}")
     fits(path, int(offset) + math.prod(shape) * itemsize, path.stat().st_size, packed)
     while len(shape) > 2 and shape[-1] == 1:
