@@ -257,7 +257,9 @@ def _one(x: Any, name: str) -> Namespace:
                     f"{name} is a {type(x).__name__} without a shape; pass numpy.from_dlpack({name})"
                 )
             if str(getattr(x, "dtype", "")) == "bfloat16":
-                raise TypeError(f"{name} is of dtype bfloat16, which NumPy lacks; pass {name}.astype('float32')")
+                raise TypeError(
+                    f"{name} is of dtype bfloat16, which NumPy lacks; pass {name}.astype('float32')"
+                )
             seen = foreign.as_numpy(x)
         except Exception as error:
             if str(error).startswith(f"{name} is"):
