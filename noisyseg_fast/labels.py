@@ -2,9 +2,9 @@
 
 annotations: (M, *S) or (B, M, *S), M raters; torch, NumPy, CuPy or DLPack, any strides. How many axes are space says
 `spatial_dims`; None: arrays of up to 4 dimensions are (M, *S), of more (B, M, *S), unless `present` has two
-axes, which means a batch; (1, n, h, w) could be either and is refused. Without num_classes they are masks, and whatever is not 0 is object; with num_classes=C
-(2 to 255) images of labels 0 to C - 1, and any other label is no vote. bool, uint8, int32, int64; soft_average and
-label_sampling take floats too.
+axes, which means a batch; (1, n, h, w) could be either and is refused. Without num_classes they are masks, and
+whatever is not 0 is object; with num_classes=C (2 to 255) images of labels 0 to C - 1, and any other label is no
+vote. bool, uint8, int32, int64; soft_average and label_sampling take floats too.
 
 Raters may be missing: `present`, (M,) or (B, M), is not 0 where a rater's mask counts; `missing` is a value that marks
 pixels without a vote. What is not there is left out of every sum.
