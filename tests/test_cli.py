@@ -164,7 +164,8 @@ def test_without_the_training_extras():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == (
-        "noisyseg: typer is not installed; install the training extras: pip install 'noisyseg-fast[train]'\n"
+        "noisyseg: typer is not installed; install the training extras: pip install 'noisyseg-fast[train]', "
+        "or '.[train]' from a checkout\n"
     )
 
 

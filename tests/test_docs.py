@@ -117,7 +117,8 @@ def test_the_pages_name_files_that_exist() -> None:
             r"\b((?:bench|csrc|examples|noisyseg_fast|scripts|tests)/[\w./-]*\w)", page.read_text()
         )
         for name in names:
-            if "FAMILY" not in name:
+            # FAMILY, and what the reader is told to write: docs/kernel.md, docs/method.md
+            if "FAMILY" not in name and Path(name).stem not in ("count", "test_count", "small_loss"):
                 assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
