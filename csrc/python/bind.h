@@ -1,5 +1,5 @@
-// Python passes an array as the tuple (address, dtype code, shape, strides in elements), a bytearray of doubles, or
-// None, and the place to run as (device, stream, threads): see noisyseg_fast/_arrays.py.
+// Python passes an array as the tuple (address, dtype code, shape, strides in elements), a bytearray of
+// doubles, or None, and the place to run as (device, stream, threads): see noisyseg_fast/_arrays.py.
 #pragma once
 #include <pybind11/pybind11.h>
 
