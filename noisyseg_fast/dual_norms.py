@@ -232,9 +232,11 @@ class _Options:
     def forward(self, tensors: Any, dots: Any = None, *, value: bool = True, update: bool = True) -> Any:
         """(y, y_dot, stats) of plain tensors; dots: their directions, None where there is none."""
         dual = dots is not None
-        x, layout = _dense(tensors[0].detach())
-        parameters = [None if t is None else t.detach() for t in tensors[1:]]
-        directions = [None if d is None or d._is_zerotensor() else d.detach() for d in dots or (None,) * 4]
+        x, layout = _dense(tensors[0].detach().resolve_neg())
+        parameters = [None if t is None else t.detach().resolve_neg() for t in tensors[1:]]
+        directions = [
+            None if d is None or d._is_zerotensor() else d.detach().resolve_neg() for d in dots or (None,) * 4
+        ]
         x_dot = directions[0]
         if x_dot is not None:
             x_dot = x_dot.to(x.dtype).resolve_neg().contiguous(memory_format=layout)
@@ -255,8 +257,8 @@ class _Options:
         return y, y_dot, stats
 
     def backward(self, tensors: Any, stats: Tensor, grad_y: Tensor, needed: Any) -> tuple[Tensor | None, ...]:
-        x, layout = _dense(tensors[0].detach())
-        parameters: list[Any] = [None if t is None else t.detach() for t in tensors[1:]]
+        x, layout = _dense(tensors[0].detach().resolve_neg())
+        parameters: list[Any] = [None if t is None else t.detach().resolve_neg() for t in tensors[1:]]
         grad_y = grad_y.detach().to(x.dtype).resolve_neg().contiguous(memory_format=layout)
         space = _arrays.of(x=x)
         view = _view(space)
