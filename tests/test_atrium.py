@@ -146,7 +146,6 @@ def test_errors(tmp_path, monkeypatch):
     with refuses('mri_norm2.h5: cannot be read as HDF5 with "image" and "label"'):
         D.load(case)
     (tmp_path / "x.nrrd").write_bytes(b"no")
-    pytest.importorskip("SimpleITK")
     with refuses("x.nrrd: cannot be read as NRRD"):
         D.read(tmp_path / "x.nrrd")
     with refuses("y.h5: no such file"):
@@ -158,8 +157,26 @@ def test_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(A.importlib, "import_module", missing)
     with refuses("h5py is not installed; pip install 'noisyseg-fast[la]'"):
         D.load(case)
-    with refuses("SimpleITK is not installed; pip install 'noisyseg-fast[la]'"):
-        D.read(tmp_path / "x.nrrd")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["uint8", "int16", "float32", "float64", "uint16"])
+def test_nrrd_is_read_as_itk_reads_it(tmp_path, kind, packed):
+    """Turned, spaced, off the origin; ITK itself is not used, since broken headers bring it down."""
+    sitk = pytest.importorskip("SimpleITK")
+    values = (np.random.default_rng(0).random((3, 4, 5)) * 200).astype(kind)
+    image = sitk.GetImageFromArray(values)
+    turn = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]]) @ np.diag([1, -1, 1])
+    image.SetDirection(turn.ravel().tolist())
+    image.SetSpacing((0.5, 0.75, 2.5))
+    image.SetOrigin((-3.5, 7.25, 11.0))
+    sitk.WriteImage(image, str(tmp_path / "a.nrrd"), packed)
+    raw = D.read(tmp_path / "a.nrrd")
+    assert raw.array.dtype == values.dtype and np.array_equal(raw.array, values.T)
+    assert raw.spacing == pytest.approx((0.5, 0.75, 2.5))
+    lps = np.eye(4)
+    lps[:3, :3], lps[:3, 3] = turn * (0.5, 0.75, 2.5), (-3.5, 7.25, 11.0)
+    assert np.allclose(raw.affine, np.diag([-1, -1, 1, 1]) @ lps)
 
 
 # ---- flat folders ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch")
-for _needed in ("monai", "lightning", "nibabel", "h5py", "SimpleITK"):
+for _needed in ("monai", "lightning", "nibabel", "h5py"):
     pytest.importorskip(_needed)
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402

@@ -11,13 +11,16 @@ margin by UA-MT's la_heart_processing.py, from the labels of all cases; `boxed` 
 spacing: the challenge's scans have 0.625 mm along each axis. NRRD labels are 0 and 255.
 
 The cases that are to count as unlabelled keep their labels, for whoever trains an upper bound; training never looks
-there. h5py and SimpleITK come with the extra "la".
+there. h5py comes with the extra "la".
 """
 
 from __future__ import annotations
 
 import importlib
 import math
+import re
+import zlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from .data import Array, Case, Data, DataError, Raw, load
-from .untrusted import first_line, fits, memory, read_text, short
+from .untrusted import first_line, fits, read_text, short
 
 SPACING = (0.625, 0.625, 0.625)  # mm, of every scan of the challenge
 FOLDERS = ("2018LA_Seg_Training Set", "2018LA_Seg_Training")
@@ -144,82 +147,111 @@ def _read_h5(path: Path, what: str) -> Raw:
     return Raw(_ones(array) if what == "label" else array, SPACING, np.diag([*SPACING, 1.0]))
 
 
+# teem.sourceforge.net/nrrd/format.html. Read here and not by ITK, whose reader was brought down by lines of "space
+# directions" that are too long (scripts/fuzz_readers.py), and reads the data from any other file that a header names.
+_TYPES = {
+    "i1": ("signed char", "int8", "int8_t"),
+    "u1": ("uchar", "unsigned char", "uint8", "uint8_t"),
+    "i2": ("short", "short int", "signed short", "signed short int", "int16", "int16_t"),
+    "u2": ("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"),
+    "i4": ("int", "signed int", "int32", "int32_t"),
+    "u4": ("uint", "unsigned int", "uint32", "uint32_t"),
+    "i8": ("longlong", "long long", "long long int", "signed long long", "int64", "int64_t"),
+    "u8": ("ulonglong", "unsigned long long", "unsigned long long int", "uint64", "uint64_t"),
+    "f4": ("float",),
+    "f8": ("double",),
+}
+# What turns a space into RAS; files without one are taken as ITK's, LPS.
+_SPACES = {
+    **dict.fromkeys(("right-anterior-superior", "ras"), (1, 1, 1)),
+    **dict.fromkeys(("left-anterior-superior", "las"), (-1, 1, 1)),
+    **dict.fromkeys(("left-posterior-superior", "lps", ""), (-1, -1, 1)),
+}
+
+
 def _read_nrrd(path: Path, what: str) -> Raw:
-    sitk = _module("SimpleITK", path)
-    try:
-        _check_nrrd(path)
-        sitk.ProcessObject.SetGlobalWarningDisplay(False)
-        image = sitk.ReadImage(str(path), imageIO="NrrdImageIO")
-    except DataError:
-        raise
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{path}: cannot be read as NRRD: {lines[-1]}") from error
-    if image.GetNumberOfComponentsPerPixel() != 1:
-        raise DataError(
-            f"{path}: has {image.GetNumberOfComponentsPerPixel()} components in a voxel; one is needed"
+    fields, begin = _nrrd_header(path)
+
+    def refuse(why: str) -> DataError:
+        return DataError(f"{path}: {why}")
+
+    for name in ("data file", "datafile"):
+        if name in fields:
+            raise refuse(f"its data are in another file, {short(fields[name])}; store them in one")
+    encoding = fields.get("encoding", "").lower()
+    if encoding not in ("raw", "gzip", "gz") or {"byte skip", "byteskip", "line skip", "lineskip"} & set(
+        fields
+    ):
+        raise refuse(f"encoding {short(fields.get('encoding'))} is not read; use raw or gzip, without skips")
+    kind = next((k for k, names in _TYPES.items() if fields.get("type", "").lower() in names), None)
+    sizes = fields.get("sizes", "").split()
+    if (
+        kind is None
+        or len(sizes) != 3
+        or not all(n.isdecimal() and len(n) < 19 and int(n) > 0 for n in sizes)
+    ):
+        raise refuse(
+            f"has sizes {short(fields.get('sizes'))} and type {short(fields.get('type'))}; a volume is needed"
         )
-    array = np.ascontiguousarray(sitk.GetArrayViewFromImage(image).T)  # (x, y, z), as in the h5 files
-    if array.ndim != 3:
-        raise DataError(f"{path}: has shape {array.shape}; a volume is needed")
-    if not array.size:
-        raise DataError(f"{path}: has shape {array.shape}; a volume is needed")
-    affine, spacing = np.eye(4), tuple(float(s) for s in image.GetSpacing())
-    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * spacing
-    affine[:3, 3] = image.GetOrigin()
-    affine[:2] *= -1  # from LPS to RAS
+    shape = tuple(map(int, sizes))
+    dtype = np.dtype(kind).newbyteorder(">" if fields.get("endian", "little").lower() == "big" else "<")
+    needed = math.prod(shape) * dtype.itemsize
+    fits(path, needed, path.stat().st_size - begin, packed=encoding != "raw")
+    with open(path, "rb") as file:
+        file.seek(begin)
+        data = file.read(needed if encoding == "raw" else -1)
+    if encoding != "raw":
+        try:
+            data = zlib.decompressobj(31).decompress(data, needed + 1)
+        except zlib.error as error:
+            raise refuse(f"cannot be read as NRRD: {error}") from error
+    if len(data) != needed:
+        raise refuse(f"cannot be read as NRRD: holds {len(data)} bytes of data, {needed} are needed")
+    array = np.frombuffer(data, dtype).reshape(shape, order="F").astype(dtype.newbyteorder("="))
+    if "space directions" in fields:
+        axes = np.reshape(_numbers(path, fields, "space directions", 9), (3, 3)).T
+    else:
+        axes = np.diag(_numbers(path, fields, "spacings", 3) if "spacings" in fields else np.ones(3))
+    affine = np.eye(4)
+    affine[:3, :3] = axes
+    if "space origin" in fields:
+        affine[:3, 3] = _numbers(path, fields, "space origin", 3)
+    space = fields.get("space", "").lower()
+    if space not in _SPACES:
+        raise refuse(f"space {short(space)} is not read; use left-posterior-superior")
+    affine[:3] *= np.reshape(_SPACES[space], (3, 1))
+    spacing = tuple(float(s) for s in np.sqrt((axes**2).sum(0)))
+    if not all(0 < s < 1e18 for s in spacing) or not (abs(affine) < 1e18).all():
+        raise refuse(f"voxel spacing in the header must be positive and finite, got {short(spacing)}")
     return Raw(_ones(array) if what == "label" else array, spacing, affine)
 
 
-def _check_nrrd(path: Path) -> None:
-    """DataError unless the header (teem.sourceforge.net/nrrd/format.html) announces what this file can hold: ITK would
-    take memory for any size, and read the data from any other file."""
+def _nrrd_header(path: Path) -> tuple[dict[str, str], int]:
+    """The fields of a header by their names in small letters, and where the data begin."""
     fields: dict[str, str] = {}
     with open(path, "rb") as file:
-        if not file.read(4) == b"NRRD":
+        if file.readline(100)[:7] != b"NRRD000":
             raise DataError(f"{path}: cannot be read as NRRD: it does not begin as one")
-        file.readline(100)
         for _ in range(1000):
             line = file.readline(10_000)
             if not line.strip():
                 break
             name, colon, value = line.decode("latin-1").partition(":")
-            if colon and not value.startswith("="):
+            if colon and not line.startswith(b"#") and not value.startswith("="):
                 if name.lower() in fields:
                     raise DataError(f"{path}: its header has {short(name)} twice")
                 fields[name.lower()] = value.strip()
-        begin = file.tell()
-    for name in ("data file", "datafile"):
-        if name in fields:
-            raise DataError(f"{path}: its data are in another file, {short(fields[name])}; store them in one")
-    if fields.get("encoding", "").lower() not in ("raw", "gzip", "gz"):
-        raise DataError(f"{path}: encoding {short(fields.get('encoding'))} is not read; use raw or gzip")
-    kinds = {
-        "8": 1,
-        "16": 2,
-        "32": 4,
-        "64": 8,
-        "char": 1,
-        "short": 2,
-        "int": 4,
-        "long": 8,
-        "float": 4,
-        "double": 8,
-    }
-    itemsize = next((n for kind, n in reversed(kinds.items()) if kind in fields.get("type", "").lower()), 0)
-    sizes = fields.get("sizes", "").split()
-    if (
-        not itemsize
-        or not all(n.isdecimal() and len(n) < 19 and int(n) > 0 for n in sizes)
-        or len(sizes) != 3
-    ):
-        raise DataError(
-            f"{path}: has sizes {short(fields.get('sizes'))} and type {short(fields.get('type'))}; a volume is needed"
-        )
-    packed = fields["encoding"].lower() != "raw"
-    fits(path, math.prod(map(int, sizes)) * itemsize, path.stat().st_size - begin, packed)
-    if not packed and math.prod(map(int, sizes)) * itemsize > memory():
-        raise DataError(f"{path}: does not fit into memory")
+        return fields, file.tell()
+
+
+def _numbers(path: Path, fields: Mapping[str, str], name: str, count: int) -> Array:
+    try:
+        found = np.array([float(word) for word in re.sub(r"[(),]", " ", fields[name]).split()])
+    except ValueError:
+        found = np.zeros(0)
+    if len(found) != count:
+        raise DataError(f"{path}: {name} must be {count} numbers, got {short(fields[name])}")
+    return found
 
 
 def _ones(label: Array) -> Array:

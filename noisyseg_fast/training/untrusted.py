@@ -229,7 +229,7 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-            if sum(m.file_size for m in members) > path.stat().st_size or any(
+            if sum(max(m.file_size, m.compress_size) for m in members) > path.stat().st_size or any(
                 m.compress_type != zipfile.ZIP_STORED for m in members
             ):
                 raise ValueError("it is packed, which torch.save never does")
