@@ -6,6 +6,7 @@ Bad input ends with one line on stderr and exit code 2; --debug, anywhere on the
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from functools import partial
@@ -51,8 +52,18 @@ class _Group(TyperGroup):
     def _fail(self, ctx: Any, error: Exception, text: str, code: int) -> None:
         if ctx.meta["debug"]:
             traceback.print_exception(error)
-        print(f"noisyseg: {' '.join(text.split())}", file=sys.stderr)
+        if not _another_says(error):
+            print(f"noisyseg: {' '.join(text.split())}", file=sys.stderr)
         raise typer.Exit(code) from error
+
+
+def _another_says(error: BaseException) -> bool:
+    """Whether this is one of several processes that train together, and the first says what is wrong."""
+    if not {"RANK", "LOCAL_RANK"} & os.environ.keys():
+        return False
+    from .training import parallel
+
+    return parallel.silent(error)
 
 
 app = typer.Typer(
@@ -170,8 +181,8 @@ def train(
     resume: Annotated[
         Path | None,
         Option(
-            help="Go on with the run in this folder; only --epochs, --device, --precision and "
-            "--workers may change."
+            help="Go on with the run in this folder; only --epochs, --device, --precision, "
+            "--workers, --devices and --nodes may change."
         ),
     ] = None,
     device: Annotated[str | None, Option(help="auto, cpu, cuda or cuda:N. [default: auto]")] = None,
@@ -179,6 +190,11 @@ def train(
         str | None, Option(help="32-true, bf16-mixed or 16-mixed. [default: 32-true]")
     ] = None,
     workers: Annotated[int | None, Option(help="Processes that prepare batches. [default: 0]")] = None,
+    devices: Annotated[
+        int | None,
+        Option(help="GPUs, or processes on the CPU, that train together on each computer. [default: 1]"),
+    ] = None,
+    nodes: Annotated[int | None, Option(help="Computers that train together. [default: 1]")] = None,
 ) -> None:
     """Train a network on the sample, a folder or a datalist, and test it against the raters' consensus.
 
@@ -191,7 +207,7 @@ def train(
     """
     import dataclasses
 
-    from .training import engine
+    from .training import engine, parallel
 
     given: dict[str, Any] = {
         "data": data,
@@ -216,6 +232,8 @@ def train(
         "device": device,
         "precision": precision,
         "workers": workers,
+        "devices": devices,
+        "nodes": nodes,
     }
     given = {name: value for name, value in given.items() if value is not None}
     if resume is None:
@@ -228,7 +246,7 @@ def train(
         if settings is not None:
             raise ValueError("--resume takes its settings from the run's folder, not from --config")
         for name in given:
-            if name not in ("epochs", "device", "precision", "workers"):
+            if name not in ("epochs", "device", "precision", "workers", "devices", "nodes"):
                 raise ValueError(
                     f"--resume takes its settings from {resume / 'config.json'}; "
                     f"--{name.replace('_', '-')} cannot be changed"
@@ -236,9 +254,12 @@ def train(
         config = dataclasses.replace(engine.read_config(resume), **given)
     try:
         result = engine.train(config, resume=resume is not None, console=out)
-    except KeyboardInterrupt:
-        print(f"noisyseg: interrupted; noisyseg train --resume {config.out} goes on", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        if not _another_says(error):
+            print(f"noisyseg: interrupted; noisyseg train --resume {config.out} goes on", file=sys.stderr)
         raise typer.Exit(130) from None
+    if parallel.place():  # the first process says it
+        return
     out.print(f"test: {result.test.sentence(result.unit)}", highlight=False)
     _say("checkpoint", result.out / "best.pt")
     _say("report", result.out / "report.html")

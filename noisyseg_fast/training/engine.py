@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 import random
 import time
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 
 from .. import __version__
-from . import evaluate, methods, networks, resample
+from . import evaluate, methods, networks, parallel, resample
 from .data import Array, Case, Data, Store, TrainingSet, check, open_data, patch_size
 from .evaluate import Summary
 from .files import write_csv, write_json, written
@@ -38,6 +37,7 @@ from .label_errors import Found, explained, find
 from .model import FORMAT, ModelSpec, load_model, pick_device, read_checkpoint, spec_dict, spec_of
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
     from rich.console import Console
     from rich.progress import Progress
 
@@ -60,7 +60,7 @@ class Config:
     foreground: float | None = None  # share with which an untrained network begins; None: as MONAI makes it
     epochs: int = 100
     epoch_batches: int | None = None  # steps of an epoch; None: one pass over the training cases
-    batch_size: int = 16
+    batch_size: int = 16  # of all processes together
     optimizer: str = "adam"  # or "sgd", with momentum 0.9
     lr: float = 1e-3
     # Of lr: poly, (1 - epoch/epochs)^0.9, nnU-Net's; constant; halve; tenth, to a tenth (UA-MT's every 2500 steps).
@@ -84,10 +84,12 @@ class Config:
     device: str = "auto"
     precision: str = "32-true"
     workers: int = 0  # processes that prepare batches
+    devices: int = 1  # processes that train together on each computer; torchrun's number goes first
+    nodes: int = 1  # computers
     out: str = "runs/train"
 
     def check(self) -> None:
-        for name in ("epochs", "batch_size", "width", "halve_every", "patience"):
+        for name in ("epochs", "batch_size", "width", "halve_every", "patience", "devices", "nodes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -212,10 +214,29 @@ def train(
     report.html. data: what to train on, split already, in place of what config.data names.
 
     Raises ValueError (DataError) for bad settings or data before anything is written, FileExistsError when
-    config.out holds a run already, FloatingPointError when the loss is not finite.
+    config.out holds a run already, FloatingPointError when the loss is not finite. Of several processes
+    (parallel.py) each raises what one raises; the first alone writes, and has the pictures and what the weights tell.
     """
     config.check()
     config = config.resolved()
+    fabric, group = parallel.launch(
+        pick_device(config.device), config.devices, config.nodes, config.precision
+    )
+    with group.alike(), progress(console if group.first else None) as bars:
+        loop = group.together(lambda: _prepare(config, resume, data, fabric, group, bars))
+        group.write(loop.describe)
+        group.together(loop.found)
+        loop.run(bars)
+        result = loop.finish(bars, picture_ids)
+        if report:
+            group.write(lambda: _report(result))
+    return result
+
+
+def _prepare(
+    config: Config, resume: bool, data: Data | None, fabric: Fabric, group: parallel.Group, bars: Progress
+) -> _Loop:
+    """What there is to do before the first step; nothing is written."""
     assert config.network is not None and config.width is not None
     out = Path(config.out)
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -227,61 +248,60 @@ def train(
     method = methods.get(config.method)
     parts = method.needs | method.wants
     store = Store(data.classes, raters="raters" in parts, spacing=config.spacing)
-    with progress(console) as bars:
-        task = bars.add_task("reading", total=len(data.split("all")), note="")
-        shape = check(data, store, lambda: bars.advance(task))
-        bars.remove_task(task)
-        patch = patch_size(shape, networks.get(config.network).divisor, config.patch)
-        training = TrainingSet(
-            data.training if config.train_on != "meta" else (),
-            store,
-            patch,
-            noise_rate=config.noise_rate,
-            noise_radius=config.noise_radius,
-            seed=config.seed,
-            clean=data.meta if config.train_on != "training" else (),
-            meta=data.meta if "meta" in parts else (),
-            unlabelled=data.unlabelled if "unlabelled" in parts else (),
-            fuse=_fusion(config, data.classes) if "raters" in parts else None,
-            items=config.epoch_batches and config.epoch_batches * config.batch_size,
-        )
-        spec = ModelSpec(
-            config.method,
-            config.network,
-            config.width,
-            shape.spatial_dims,
-            shape.channels,
-            data.classes,
-            patch,
-            dict(config.options),
-            max(1, training.raters),
-            config.spacing,
-        )
-        loop = _Loop(config, spec, data, store, training)
-        if resume:
-            loop.resume()
-        loop.describe()
-        loop.run(bars)
-        result = loop.finish(bars, picture_ids)
-    if report:
-        from .report import write_report
+    task = bars.add_task("reading", total=len(data.split("all")), note="")
+    shape = check(data, store, lambda: bars.advance(task))
+    bars.remove_task(task)
+    patch = patch_size(shape, networks.get(config.network).divisor, config.patch)
+    training = TrainingSet(
+        data.training if config.train_on != "meta" else (),
+        store,
+        patch,
+        noise_rate=config.noise_rate,
+        noise_radius=config.noise_radius,
+        seed=config.seed,
+        clean=data.meta if config.train_on != "training" else (),
+        meta=data.meta if "meta" in parts else (),
+        unlabelled=data.unlabelled if "unlabelled" in parts else (),
+        fuse=_fusion(config, data.classes) if "raters" in parts else None,
+        items=config.epoch_batches and config.epoch_batches * config.batch_size,
+    )
+    spec = ModelSpec(
+        config.method,
+        config.network,
+        config.width,
+        shape.spatial_dims,
+        shape.channels,
+        data.classes,
+        patch,
+        dict(config.options),
+        max(1, training.raters),
+        config.spacing,
+    )
+    loop = _Loop(config, spec, data, store, training, fabric, group)
+    if resume:
+        loop.resume()
+    return loop
 
-        name = config.method
-        overlays = merge_pictures({name: result.pictures})
-        write_report(
-            out / "report.html",
-            title=f"{config.method} on {config.data}, noise rate {config.noise_rate:g}",
-            runs=[result.run(name)],
-            overlays=overlays,
-            weights={name: result.weights} if result.found else {},
-            explained=result.explained,
-            notes=[
-                f"Test: {result.test.sentence(result.unit)}.",
-                f"Best epoch: {result.best_epoch}.",
-                *([found_sentence(result.found)] if result.found else []),
-            ],
-        )
-    return result
+
+def _report(result: Result) -> None:
+    from .report import write_report
+
+    config = result.config
+    name = config.method
+    overlays = merge_pictures({name: result.pictures})
+    write_report(
+        result.out / "report.html",
+        title=f"{config.method} on {config.data}, noise rate {config.noise_rate:g}",
+        runs=[result.run(name)],
+        overlays=overlays,
+        weights={name: result.weights} if result.found else {},
+        explained=result.explained,
+        notes=[
+            f"Test: {result.test.sentence(result.unit)}.",
+            f"Best epoch: {result.best_epoch}.",
+            *([found_sentence(result.found)] if result.found else []),
+        ],
+    )
 
 
 def _fusion(config: Config, classes: int) -> Callable[[Array], Array | None]:
@@ -357,17 +377,20 @@ class _Loop:
     """The state of a run and what is done with it."""
 
     def __init__(
-        self, config: Config, spec: ModelSpec, data: Data, store: Store, training: TrainingSet
+        self,
+        config: Config,
+        spec: ModelSpec,
+        data: Data,
+        store: Store,
+        training: TrainingSet,
+        fabric: Fabric,
+        group: parallel.Group,
     ) -> None:
-        from lightning.fabric import Fabric, seed_everything
+        from lightning.fabric import seed_everything
 
-        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
         self.config, self.spec, self.data, self.store, self.training = config, spec, data, store, training
         self.out = Path(config.out)
-        self.device = pick_device(config.device)
-        precision: Any = config.precision
-        devices: Any = 1 if self.device.type == "cpu" else [self.device.index]
-        self.fabric = Fabric(accelerator=self.device.type, devices=devices, precision=precision)
+        self.fabric, self.group, self.device = fabric, group, fabric.device
         seed_everything(config.seed, verbose=False)
         self.method = spec.build()
         if config.foreground is not None:
@@ -407,6 +430,13 @@ class _Loop:
         write_json(self.out / "config.json", content)
         write_json(self.out / "split.json", self.split())
 
+    def found(self) -> None:
+        """FileNotFoundError where this process does not see what the first one wrote."""
+        if not (self.out / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{self.out}: is not here what it is for the first process; choose a folder that all computers share"
+            )
+
     def save(self, name: str, weights: Mapping[str, torch.Tensor], **more: Any) -> None:
         content = {
             "format": FORMAT,
@@ -430,7 +460,7 @@ class _Loop:
             best=self.best,
             best_epoch=self.best_epoch,
             history=self.history,
-            random=_random_state(),
+            random=_random_state(self.device),
         )
 
     def resume(self) -> None:
@@ -453,7 +483,7 @@ class _Loop:
             own.load_state_dict(state["optimizers"][name])
         self.epoch, self.step = state["epoch"], state["step"]
         self.best, self.best_epoch, self.history = state["best"], state["best_epoch"], state["history"]
-        _set_random_state(state["random"])
+        _set_random_state(state["random"], self.device)
 
     # -- training --
 
@@ -462,12 +492,15 @@ class _Loop:
 
         task = bars.add_task(self.config.method, total=self.config.epochs * self.batches, note="")
         bars.update(task, completed=self.epoch * self.batches)
-        log: Any = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch)
+        log: Any = None
+        if self.group.first:
+            log = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch)
         try:
             while self.epoch < self.config.epochs and not self.stalled():
                 self._epoch(bars, task, log)
         finally:
-            log.close()
+            if log is not None:
+                log.close()
         bars.remove_task(task)
 
     def stalled(self) -> bool:
@@ -488,11 +521,12 @@ class _Loop:
         count: dict[str, int] = {}  # a method need not report every loss in every step
         for batch in self._batches(epoch):
             rate = self._set_lr()
-            losses = self.module.training_step(batch, self.step)
-            self.optimizer.zero_grad()
-            self.fabric.backward(losses["loss"])
-            self.optimizer.step()
-            self.method.after_step(self.step)
+            with self.group.dividing(self.method):
+                losses = self.module.training_step(batch, self.step)
+                self.optimizer.zero_grad()
+                self.fabric.backward(losses["loss"])
+                self.optimizer.step()
+                self.method.after_step(self.step)
             for name, value in losses.items():
                 total[name] = total.get(name, 0) + value.detach()
                 count[name] = count.get(name, 0) + 1
@@ -503,8 +537,9 @@ class _Loop:
             raise FloatingPointError(
                 f"the training loss of epoch {epoch} is {means['loss']}; try a smaller lr"
             )
+        self.group.compare(self.method.state_dict(), f"epoch {epoch}")
         self.module.eval()
-        val = evaluate.summarize(self._scores(self.data.validation))
+        val = evaluate.summarize(self._scores(self.module, self.data.validation))
         row = {
             "epoch": epoch,
             "train_loss": means["loss"],
@@ -518,22 +553,28 @@ class _Loop:
         self.history.append(row)
         self.epoch += 1
         # The first epoch of a method that is mature replaces the best of those before.
-        first = self.best_epoch < 0 or self.mature(self.epoch) > self.mature(self.best_epoch + 1)
-        if first or (val.dice > self.best and self.mature(self.epoch)):
+        new = self.best_epoch < 0 or self.mature(self.epoch) > self.mature(self.best_epoch + 1)
+        better = new or (val.dice > self.best and self.mature(self.epoch))
+        if better:
             self.best, self.best_epoch = val.dice if math.isfinite(val.dice) else -1.0, epoch
-            self.save("best.pt", self.method.exported())
-        # The history travels in last.pt, so metrics.csv can always be made whole after a crash.
-        self.save_last()
-        write_csv(self.out / "metrics.csv", COLUMNS, self.history)
-        for name, number in (
-            ("val/dice", val.dice),
-            ("val/iou", val.iou),
-            ("val/hd95", val.hd95),
-            ("lr", rate),
-        ):
-            log.add_scalar(name, number, epoch)
-        for name, number in means.items():
-            log.add_scalar(f"train/{name}", number, epoch)
+
+        def write() -> None:
+            if better:
+                self.save("best.pt", self.method.exported())
+            # The history travels in last.pt, so metrics.csv can always be made whole after a crash.
+            self.save_last()
+            write_csv(self.out / "metrics.csv", COLUMNS, self.history)
+            for name, number in (
+                ("val/dice", val.dice),
+                ("val/iou", val.iou),
+                ("val/hd95", val.hd95),
+                ("lr", rate),
+            ):
+                log.add_scalar(name, number, epoch)
+            for name, number in means.items():
+                log.add_scalar(f"train/{name}", number, epoch)
+
+        self.group.write(write)
         note = f"epoch {self.epoch}/{config.epochs}  loss {means['loss']:.4f}  val Dice {val.dice:.4f}"
         bars.update(task, note=note)
 
@@ -548,38 +589,55 @@ class _Loop:
 
     def _batches(self, epoch: int) -> Iterator[methods.Batch]:
         self.training.epoch = epoch
+        order, size = self.training.order(epoch), self.config.batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
         loader: Any = torch.utils.data.DataLoader(
             self.training,
-            batch_size=self.config.batch_size,
-            sampler=self.training.order(epoch),
+            batch_sampler=self.group.shares(batches),
             num_workers=self.config.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.config.seed + epoch),
         )
         moved: Any = self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
-        yield from moved
+        yield from self.group.batches(moved, [len(batch) for batch in batches])
 
-    def _scores(self, cases: Sequence[Case]) -> list[evaluate.Score]:
-        return evaluate.evaluate(
-            self.module, cases, self.store, self.spec.patch, self.device, self.config.batch_size
-        )
+    def _scores(
+        self, predictor: Any, cases: Sequence[Case], seen: Callable[[], None] = lambda: None
+    ) -> list[evaluate.Score]:
+        """Of all cases, in their order; each process predicts every so manieth."""
+        group, labels = self.group, self.data.classes - 1  # scores of a case
+        mine = cases[group.rank :: group.size]
+
+        def scores() -> list[evaluate.Score]:
+            place = (self.store, self.spec.patch, self.device, self.config.batch_size, seen)
+            return evaluate.evaluate(predictor, mine, *place)
+
+        every = group.every(scores)
+        places = (divmod(i, group.size) for i in range(len(cases)))
+        return [s for k, rank in places for s in every[rank][k * labels : (k + 1) * labels]]
 
     # -- the end --
 
     def finish(self, bars: Progress, picture_ids: Sequence[str] | None) -> Result:
-        method, _ = load_model(read_checkpoint(self.out / f"{self.config.test_on}.pt"), self.device)
-        data, patch = self.data, self.spec.patch
+        path = self.out / f"{self.config.test_on}.pt"
+        method, _ = self.group.together(lambda: load_model(read_checkpoint(path), self.device))
+        data = self.data
         task = bars.add_task("testing", total=len(data.test), note="")
-        scores = evaluate.evaluate(
-            method,
-            data.test,
-            self.store,
-            patch,
-            self.device,
-            self.config.batch_size,
-            lambda: bars.advance(task),
-        )
+        scores = self._scores(method, data.test, lambda: bars.advance(task, self.group.size))
         summary = evaluate.summarize(scores)
+        plain = Result(self.config, self.out, self.history, self.best_epoch, summary, data.unit, [])
+        result = self.group.write(lambda: self._conclude(plain, method, scores, picture_ids))
+        return plain if result is None else result
+
+    def _conclude(
+        self,
+        result: Result,
+        method: methods.Method,
+        scores: Sequence[evaluate.Score],
+        picture_ids: Sequence[str] | None,
+    ) -> Result:
+        """Writes what came out, and adds what the report shows beyond the scores."""
+        data, patch = self.data, self.spec.patch
         evaluate.write_scores(self.out / "test.csv", scores)
         # The weights as they were last, with the state that made them, whichever epoch is tested.
         self.method.eval()
@@ -590,7 +648,7 @@ class _Loop:
         content = {
             "best_epoch": self.best_epoch,
             "unit": data.unit,
-            "test": summary._asdict(),
+            "test": result.test._asdict(),
             "weights": found and found._asdict(),
         }
         write_json(self.out / "summary.json", content)
@@ -605,9 +663,7 @@ class _Loop:
             corrupted = [self.training.cases[i].id for i in np.flatnonzero(self.training.radii)]
             ids = [*spread(data.test, 4), *corrupted[:2]]
         shown = evaluate.pictures(method, data, self.store, patch, self.device, ids, noisy)
-        return Result(
-            self.config, self.out, self.history, self.best_epoch, summary, data.unit, shown, found, maps, told
-        )
+        return dataclasses.replace(result, pictures=shown, found=found, weights=maps, explained=told)
 
 
 def spread(cases: Sequence[Case], count: int) -> list[str]:
@@ -630,22 +686,23 @@ def progress(console: Console | None) -> Progress:
     return Progress(*columns, console=console, disable=console is None, transient=True)
 
 
-def _random_state() -> dict[str, Any]:
+def _random_state(device: torch.device) -> dict[str, Any]:
     """The global generators, as tensors and plain values, so that torch can load them with weights_only."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # Of the device alone that it runs on: several processes draw alike, each on its own.
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
     }
 
 
-def _set_random_state(state: Mapping[str, Any]) -> None:
+def _set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "cuda" and state["cuda"]:
+        torch.cuda.set_rng_state(state["cuda"][0], device)
