@@ -25,6 +25,10 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from None
 
 out = Console()
+# What a resumed run may have otherwise.
+CHANGEABLE = (
+    "epochs", "device", "precision", "workers", "devices", "nodes", "keep", "save_every", "on_nan"
+)  # fmt: skip
 
 
 class _Group(TyperGroup):
@@ -41,9 +45,9 @@ class _Group(TyperGroup):
             return self._fail(ctx, error, str(error) or type(error).__name__, 2)
         except ModuleNotFoundError as error:
             return self._fail(ctx, error, f"{error.name} is not installed; {INSTALL}", 2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             print("noisyseg: interrupted", file=sys.stderr)
-            raise typer.Exit(130) from None
+            raise typer.Exit(getattr(stop, "code", 130)) from None
         except Exception as error:
             if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):  # Typer's own ways of ending
                 raise
@@ -181,8 +185,8 @@ def train(
     resume: Annotated[
         Path | None,
         Option(
-            help="Go on with the run in this folder; only --epochs, --device, --precision, "
-            "--workers, --devices and --nodes may change."
+            help="Go on with the run in this folder; only --epochs, --device, --precision, --workers, --devices, "
+            "--nodes, --keep, --save-every and --on-nan may change."
         ),
     ] = None,
     device: Annotated[str | None, Option(help="auto, cpu, cuda or cuda:N. [default: auto]")] = None,
@@ -195,6 +199,20 @@ def train(
         Option(help="GPUs, or processes on the CPU, that train together on each computer. [default: 1]"),
     ] = None,
     nodes: Annotated[int | None, Option(help="Computers that train together. [default: 1]")] = None,
+    keep: Annotated[
+        int | None,
+        Option(help="Checkpoints to go on from: last.pt, last-1.pt, the one before it, ... [default: 2]"),
+    ] = None,
+    save_every: Annotated[
+        int | None, Option(help="Steps after which last.pt is written too. [default: after each epoch only]")
+    ] = None,
+    on_nan: Annotated[
+        str | None,
+        Option(
+            help="When a loss or a parameter is not finite: stop before that step, or skip it, at most 9 in a row; "
+            "nan-step-N.pt keeps it. [default: stop]"
+        ),
+    ] = None,
 ) -> None:
     """Train a network on the sample, a folder or a datalist, and test it against the raters' consensus.
 
@@ -204,6 +222,12 @@ def train(
 
     Example: `noisyseg train --data DIR --method nr_dice --set gamma=1.3 --epochs 200`, where DIR holds
     imagesTr/ and labelsTr/ as for nnU-Net (several raters: labelsTr/CASE_rater0.nii.gz, ...)
+
+    Example: `noisyseg train --resume runs/nr_dice` goes on where a run stopped, to the bit.
+
+    SIGINT (Ctrl-C) and SIGTERM: the step is finished, last.pt is written, and the exit code is 128 and the signal's
+    number, as shells and schedulers report one: 130 or 143. A second signal, a second later or more, ends the process
+    at once. Other codes: 0 done, 1 an error of this program, 2 bad settings, data, files or a loss that is not finite.
     """
     import dataclasses
 
@@ -234,6 +258,9 @@ def train(
         "workers": workers,
         "devices": devices,
         "nodes": nodes,
+        "keep": keep,
+        "save_every": save_every,
+        "on_nan": on_nan,
     }
     given = {name: value for name, value in given.items() if value is not None}
     if resume is None:
@@ -246,7 +273,7 @@ def train(
         if settings is not None:
             raise ValueError("--resume takes its settings from the run's folder, not from --config")
         for name in given:
-            if name not in ("epochs", "device", "precision", "workers", "devices", "nodes"):
+            if name not in CHANGEABLE:
                 raise ValueError(
                     f"--resume takes its settings from {resume / 'config.json'}; "
                     f"--{name.replace('_', '-')} cannot be changed"
@@ -254,10 +281,10 @@ def train(
         config = dataclasses.replace(engine.read_config(resume), **given)
     try:
         result = engine.train(config, resume=resume is not None, console=out)
-    except KeyboardInterrupt as error:
-        if not _another_says(error):
+    except KeyboardInterrupt as stop:
+        if not _another_says(stop):
             print(f"noisyseg: interrupted; noisyseg train --resume {config.out} goes on", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(getattr(stop, "code", 130)) from None
     if parallel.place():  # the first process says it
         return
     out.print(f"test: {result.test.sentence(result.unit)}", highlight=False)

@@ -64,7 +64,7 @@ class Loss(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-def test_the_engine_reads_the_losses_once_an_epoch(tmp_path, monkeypatch):
+def test_the_engine_reads_the_losses_at_the_end_of_an_epoch(tmp_path, monkeypatch):
     plain = methods.get("ce")
     make = plain.training_step
 
@@ -79,4 +79,6 @@ def test_the_engine_reads_the_losses_once_an_epoch(tmp_path, monkeypatch):
     )
     history = engine.train(config, report=False).history
     assert len(history) == 3
-    assert Loss.reads == 3  # not once for each of the 5 steps of an epoch
+    assert (
+        Loss.reads == 6
+    )  # the mean, and whether all is finite; not once for each of the 5 steps of an epoch

@@ -1116,6 +1116,17 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]]):
             item["unlabelled"] = torch.from_numpy(_turn(image, image[:1], spacing, generator)[0])
         return item
 
+    def case_ids(self, number: int) -> dict[str, str]:
+        """The cases that an item of this epoch is made of: those of its image, "meta" and "unlabelled"."""
+        ids = {"image": self.cases[number % len(self)].id}
+        parts: tuple[tuple[str, Sequence[Case], int], ...] = (
+            ("meta", self.meta, 3),
+            ("unlabelled", self.unlabelled, 4),
+        )
+        return ids | {
+            name: self._companion(cases, stream, number)[1].id for name, cases, stream in parts if cases
+        }
+
     def probe(self, index: int) -> dict[str, Any]:
         """The same part of a case at every call, unturned: its image, label, "raters" if they are brought along, and
         "clean", the label before the corruption."""

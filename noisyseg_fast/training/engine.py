@@ -6,7 +6,9 @@ A run's folder holds
     split.json        the cases of each part, the meta set and the unlabelled ones among them
     metrics.csv       one row for each epoch
     tensorboard/      the same
-    last.pt best.pt   the state after the last epoch, and the weights with the best validation Dice
+    last.pt best.pt   the state where the run stands, and the weights with the best validation Dice
+    last-1.pt ...     the states that were last.pt before (`keep`)
+    nan-step-N.pt     a step whose loss was not finite, for inspection
     test.csv summary.json report.html      written at the end, of best.pt (or last.pt)
 
 Checkpoint formats and the loop know nothing of any method.
@@ -16,10 +18,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
+import os
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,12 +35,13 @@ import numpy as np
 import torch
 
 from .. import __version__
-from . import evaluate, methods, networks, parallel, resample
+from . import evaluate, methods, networks, nonfinite, parallel, resample
 from .data import Array, Case, Data, Store, TrainingSet, check, open_data, patch_size
 from .evaluate import Summary
-from .files import write_csv, write_json, written
+from .files import clear, older, write_csv, write_json
 from .label_errors import Found, explained, find
-from .model import FORMAT, ModelSpec, load_model, pick_device, read_checkpoint, spec_dict, spec_of
+from .model import FORMAT, ModelSpec, load_model, pick_device, read_checkpoint, save, spec_dict, spec_of
+from .signals import Asked, Interrupted, in_worker
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -45,6 +52,10 @@ SCHEDULES = ("poly", "constant", "halve", "tenth")
 OPTIMIZERS = ("adam", "sgd")
 TRAIN_ON = ("training", "meta", "both")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+ON_NAN = ("stop", "skip")
+LOOK = 50  # steps from one look at whether the loss is finite to the next: each makes the host wait for the device
+IN_A_ROW = 10  # steps that on_nan "skip" leaves out one after another before the run stops all the same
+LOG = logging.getLogger(__name__)
 COLUMNS = ("epoch", "train_loss", "val_dice", "val_iou", "val_hd95", "val_empty", "lr", "seconds")
 
 
@@ -86,10 +97,16 @@ class Config:
     workers: int = 0  # processes that prepare batches
     devices: int = 1  # processes that train together on each computer; torchrun's number goes first
     nodes: int = 1  # computers
+    keep: int = 2  # checkpoints to go on from: last.pt, last-1.pt, which was last.pt before, ...
+    save_every: int | None = None  # steps; None: last.pt is written after each epoch only
+    # When a loss, or a parameter after a step, is not finite: "stop" before that step, or "skip" it: the run goes on
+    # as if it had not been, and stops after IN_A_ROW of them in a row. Either way it is kept in nan-step-N.pt.
+    on_nan: str = "stop"
     out: str = "runs/train"
 
     def check(self) -> None:
-        for name in ("epochs", "batch_size", "width", "halve_every", "patience", "devices", "nodes"):
+        counts = ("epochs", "batch_size", "width", "halve_every", "patience", "keep", "save_every")
+        for name in (*counts, "devices", "nodes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -110,6 +127,8 @@ class Config:
             raise ValueError(f"unknown train_on {self.train_on!r}; choose from {', '.join(TRAIN_ON)}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}; choose from {', '.join(SCHEDULES)}")
+        if self.on_nan not in ON_NAN:
+            raise ValueError(f"unknown on_nan {self.on_nan!r}; choose from {', '.join(ON_NAN)}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
         if self.spacing is not None:
@@ -208,14 +227,18 @@ def train(
 ) -> Result:
     """Train, keep the weights with the best validation Dice, and test those.
 
-    resume: go on from config.out/last.pt; the parameters come out as if the run had never stopped (bit for
-    bit on one CPU with the same threads). console: where progress bars go, None for none. picture_ids: the
-    cases whose pictures are kept; by default some test cases and two with corrupted labels. report: write
-    report.html. data: what to train on, split already, in place of what config.data names.
+    resume: go on from config.out/last.pt, or the newest one before it that can be read; the parameters come out as
+    if the run had never stopped (bit for bit on one CPU with the same threads). console: where progress bars go,
+    None for none. picture_ids: the cases whose pictures are kept; by default some test cases and two with corrupted
+    labels. report: write report.html. data: what to train on, split already, in place of what config.data names.
+
+    SIGTERM or SIGINT, in the main thread: the step is finished, last.pt written, and Interrupted raised, a
+    KeyboardInterrupt; a second signal ends the process at once.
 
     Raises ValueError (DataError) for bad settings or data before anything is written, FileExistsError when
-    config.out holds a run already, FloatingPointError when the loss is not finite. Of several processes
-    (parallel.py) each raises what one raises; the first alone writes, and has the pictures and what the weights tell.
+    config.out holds a run already, FloatingPointError when the loss is not finite, OSError when a file cannot be
+    read or written, ChildProcessError when a worker process was killed. Of several processes (parallel.py) all raise
+    what one raises; the first alone writes, and has the pictures and what the weights tell.
     """
     config.check()
     config = config.resolved()
@@ -224,10 +247,11 @@ def train(
     )
     with group.alike(), progress(console if group.first else None) as bars:
         loop = group.together(lambda: _prepare(config, resume, data, fabric, group, bars))
-        group.write(loop.describe)
-        group.together(loop.found)
-        loop.run(bars)
-        result = loop.finish(bars, picture_ids)
+        with loop.asked:
+            group.write(loop.describe)
+            group.together(loop.found)
+            loop.run(bars)
+            result = loop.finish(bars, picture_ids)
         if report:
             group.write(lambda: _report(result))
     return result
@@ -391,6 +415,7 @@ class _Loop:
         self.config, self.spec, self.data, self.store, self.training = config, spec, data, store, training
         self.out = Path(config.out)
         self.fabric, self.group, self.device = fabric, group, fabric.device
+        self.refused: list[Path] | None = None  # checkpoints that could not be used, where a run was resumed
         seed_everything(config.seed, verbose=False)
         self.method = spec.build()
         if config.foreground is not None:
@@ -407,7 +432,14 @@ class _Loop:
         self.module, self.optimizer = self.fabric.setup(self.method, optimizer)
         self.module.mark_forward_method("training_step")
         self.epoch = 0  # the next to be trained
+        self.at = 0  # batches of it that are done
         self.step = 0
+        self.total: dict[str, torch.Tensor] = {}  # sums of the losses in this epoch
+        self.count: dict[str, int] = {}  # a method need not report every loss in every step
+        self.skipped: list[int] = []  # steps that were left out, by on_nan
+        self.seconds = 0.0  # that this epoch took before an interruption
+        self.began = time.perf_counter()  # this epoch, less `seconds`
+        self.asked = Asked()
         self.best = -1.0
         self.best_epoch = -1
         self.history: list[dict[str, float]] = []
@@ -420,7 +452,12 @@ class _Loop:
         return {**ids, "unlabelled": [c.id for c in self.data.unlabelled]}
 
     def describe(self) -> None:
-        """config.json and split.json, before the first epoch."""
+        """config.json and split.json, before the first epoch, and what a resumed run finds in order."""
+        clear(self.out)
+        for bad in self.refused or ():  # which would be kept in place of a good one
+            os.replace(bad, bad.with_name(f"refused-{bad.name}"))
+        if self.refused is not None:
+            write_csv(self.out / "metrics.csv", COLUMNS, self.history)
         content = {
             "config": dataclasses.asdict(self.config),
             "method_options": dataclasses.asdict(self.method.config),
@@ -437,7 +474,7 @@ class _Loop:
                 f"{self.out}: is not here what it is for the first process; choose a folder that all computers share"
             )
 
-    def save(self, name: str, weights: Mapping[str, torch.Tensor], **more: Any) -> None:
+    def save(self, name: str, weights: Mapping[str, torch.Tensor], keep: int = 0, **more: Any) -> None:
         content = {
             "format": FORMAT,
             "version": __version__,
@@ -447,43 +484,99 @@ class _Loop:
             "epoch": self.epoch,
             **more,
         }
-        with written(self.out / name) as temporary:
-            torch.save(content, temporary)
+        save(self.out / name, content, keep)
+
+    def state(self) -> dict[str, Any]:
+        """Where the run stands after a step, the tensors being its own; `load` puts it back."""
+        return {
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "optimizers": {name: own.state_dict() for name, own in self.method.optimizers.items()},
+            "scaler": self.fabric.strategy.precision.state_dict(),  # of 16-mixed, else empty
+            "at": self.at,
+            "step": self.step,
+            "total": self.total,
+            "count": self.count,
+            "skipped": self.skipped,
+            "random": _random_state(self.device),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """What `state` gave; checkpoints of older versions lack what only a stop within an epoch needs."""
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, own in self.method.optimizers.items():
+            own.load_state_dict(state["optimizers"][name])
+        if state.get("scaler"):
+            self.fabric.strategy.precision.load_state_dict(state["scaler"])
+        self.at, self.step, self.skipped = state.get("at", 0), state["step"], list(state.get("skipped", ()))
+        self.total = {name: value.to(self.device) for name, value in state.get("total", {}).items()}
+        self.count = dict(state.get("count", {}))
+        _set_random_state(state["random"], self.device)
 
     def save_last(self) -> None:
+        """last.pt, beside those before it."""
+        self.group.write(self.write_last)
+
+    def rescue(self, **changed: Any) -> None:
+        """The same on the way out, where no process waits for another."""
+        if self.group.first:
+            with suppress(OSError):
+                self.write_last(**changed)
+
+    def write_last(self, **changed: Any) -> None:
+        """changed: parts of the state in place of those there are."""
+        state = {**self.state(), **changed}
         self.save(
             "last.pt",
-            self.method.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            optimizers={name: own.state_dict() for name, own in self.method.optimizers.items()},
-            step=self.step,
+            state.pop("method"),
+            self.config.keep - 1,
+            seconds=time.perf_counter() - self.began if self.at else 0.0,
             best=self.best,
             best_epoch=self.best_epoch,
             history=self.history,
-            random=_random_state(self.device),
+            **state,
         )
 
     def resume(self) -> None:
-        path = self.out / "last.pt"
-        if not path.is_file():  # stopped in the first epoch
+        """Go on from last.pt, or from the newest one before it that can be used; from the start without any.
+
+        ValueError when there are some and none can be used. Writes nothing.
+        """
+        there = [path for i in range(100) if (path := older(self.out / "last.pt", i)).is_file()]
+        if not there:  # stopped in the first epoch
             return
-        state = read_checkpoint(path)
-        if spec_of(state) != self.spec:
-            raise ValueError(f"{path}: was trained with another model than {self.spec}")
         before = json.loads((self.out / "split.json").read_text(encoding="utf-8"))
         if before != self.split():
             raise ValueError(
                 f"{self.config.data}: its cases are no longer those of {self.out / 'split.json'}"
             )
-        if state["epoch"] > self.config.epochs:
-            raise ValueError(f"epochs must be at least {state['epoch']}, which are done already")
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name, own in self.method.optimizers.items():
-            own.load_state_dict(state["optimizers"][name])
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.best, self.best_epoch, self.history = state["best"], state["best_epoch"], state["history"]
-        _set_random_state(state["random"], self.device)
+        refused = []
+        for path in there:
+            try:
+                state = read_checkpoint(path)
+                if spec_of(state) != self.spec:
+                    raise ValueError(f"{path}: was trained with another model than {self.spec}")
+                self.load(state)
+                self.epoch, self.seconds = state["epoch"], state.get("seconds", 0.0)
+                self.best, self.best_epoch, self.history = (
+                    state["best"],
+                    state["best_epoch"],
+                    state["history"],
+                )
+                break
+            except ValueError as error:
+                refused.append(str(error))
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+                line = " ".join(str(error).split())[:200]
+                refused.append(f"{path}: is no checkpoint of this run ({type(error).__name__}: {line})")
+        else:
+            raise ValueError("; ".join([*refused, "no checkpoint is left to resume from"]))
+        for line in refused:
+            LOG.warning("%s; going on from %s", line, path.name)
+        if self.epoch > self.config.epochs:
+            raise ValueError(f"epochs must be at least {self.epoch}, which are done already")
+        self.refused = there[: len(refused)]
 
     # -- training --
 
@@ -491,7 +584,7 @@ class _Loop:
         from torch.utils.tensorboard import SummaryWriter
 
         task = bars.add_task(self.config.method, total=self.config.epochs * self.batches, note="")
-        bars.update(task, completed=self.epoch * self.batches)
+        bars.update(task, completed=self.step)
         log: Any = None
         if self.group.first:
             log = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch)
@@ -513,33 +606,116 @@ class _Loop:
     def mature(self, epochs: int) -> bool:
         return self.method.mature(epochs * self.batches)
 
+    def stopping(self) -> bool:
+        """Whether to stop now, on all processes alike: asked after each step."""
+        return self.group.flagged if self.group.size > 1 else self.asked.number is not None
+
+    def anywhere(self, flag: bool) -> bool:
+        """The flag, or that of any other process."""
+        return self.group.any(flag)[0]
+
+    def interrupted(self) -> Interrupted:
+        return Interrupted(self.asked.number or signal.SIGTERM)
+
+    def _steps(self, advance: Callable[[], None]) -> None:
+        """The steps that are left of the epoch.
+
+        Whether all is finite is looked at only every LOOK steps, and before anything is saved. Where it is not, the
+        steps since the last look are done again, one look each, so that the first one at fault is found.
+        """
+        good, again = _copied(self.state()), -1  # the steps up to number `again` are done again
+        batches = self._batches(self.epoch, self.at)
+        while self.at < self.batches:
+            try:
+                batch = next(batches)
+            except Exception:  # as for a file that is gone; the state is whole
+                self.rescue()
+                raise
+            losses = self._step(batch)
+            number, last = self.step, self.at == self.batches
+            stop = self.stopping()
+            save = self.config.save_every and number % self.config.save_every == 0 and not last
+            if stop or save or last or number <= again or self.at % LOOK == 0:
+                if self.anywhere(not nonfinite.finite(self.total["loss"], list(self.method.parameters()))):
+                    self.load(_copied(good))
+                    if self.step + 1 < number:
+                        again, batches = number, self._batches(self.epoch, self.at)
+                        continue
+                    line = self._fault(batch, losses)
+                    self.load(_copied(good))
+                    self._leave_out(line)
+                good = _copied(self.state())
+            if number >= again:
+                advance()
+            if stop:
+                self.save_last()
+                raise self.interrupted()
+            if save:
+                self.save_last()
+
+    def _step(self, batch: methods.Batch) -> methods.Losses:
+        self._set_lr()
+        with self.group.dividing(self.method):
+            losses: methods.Losses = self.module.training_step(batch, self.step)
+            self.optimizer.zero_grad()
+            self.fabric.backward(losses["loss"])
+            self.optimizer.step()
+            self.method.after_step(self.step)
+        for name, value in losses.items():
+            self.total[name] = self.total.get(name, 0) + value.detach()
+            self.count[name] = self.count.get(name, 0) + 1
+        self.step += 1
+        self.at += 1
+        return losses
+
+    def _fault(self, batch: methods.Batch, losses: methods.Losses) -> str:
+        """What was not finite in this step, before which the run stands, also as a file. Changes the state."""
+        numbers = {name: float(value.detach()) for name, value in losses.items()}
+        good = nonfinite.parameters_finite(self.method)
+        first = self.at * self.config.batch_size
+        order = self.training.order(self.epoch)[first : first + self.config.batch_size]
+        cases = [self.training.case_ids(number) for number in order]
+        images = nonfinite.diagnose(self.module, batch, self.step, cases)
+        path = self.out / f"nan-step-{self.step}.pt"
+        self.group.write(lambda: nonfinite.write(path, batch, self.step, self.epoch, numbers, images))
+        what = nonfinite.sentence(images, numbers, good)
+        return f"step {self.step} (epoch {self.epoch}): {what}; saved in {path}"
+
+    def _leave_out(self, line: str) -> None:
+        """Go on behind a step at fault as if it had not been, or stop before it."""
+        row = [*self.skipped, self.step][-IN_A_ROW:]
+        if self.config.on_nan == "stop":
+            line += "; try a smaller lr, or --on-nan skip"
+        elif row == list(range(self.step - IN_A_ROW + 1, self.step + 1)):
+            line += f"; it is the last of {IN_A_ROW} in a row"
+        else:
+            LOG.warning("%s; left out", line)
+            self.skipped.append(self.step)
+            self.step, self.at = self.step + 1, self.at + 1
+            return
+        self.save_last()
+
+        def stop() -> None:
+            raise FloatingPointError(line)
+
+        self.group.together(stop)
+
     def _epoch(self, bars: Progress, task: Any, log: Any) -> None:
-        start, epoch, config = time.perf_counter(), self.epoch, self.config
-        rate = config.lr
+        epoch, config = self.epoch, self.config
+        self.began, self.seconds = time.perf_counter() - self.seconds, 0.0
         self.module.train()
-        total: dict[str, torch.Tensor] = {}
-        count: dict[str, int] = {}  # a method need not report every loss in every step
-        for batch in self._batches(epoch):
-            rate = self._set_lr()
-            with self.group.dividing(self.method):
-                losses = self.module.training_step(batch, self.step)
-                self.optimizer.zero_grad()
-                self.fabric.backward(losses["loss"])
-                self.optimizer.step()
-                self.method.after_step(self.step)
-            for name, value in losses.items():
-                total[name] = total.get(name, 0) + value.detach()
-                count[name] = count.get(name, 0) + 1
-            self.step += 1
-            bars.advance(task)
-        means = {name: float(value) / count[name] for name, value in total.items()}
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(
-                f"the training loss of epoch {epoch} is {means['loss']}; try a smaller lr"
-            )
+        self._steps(lambda: bars.advance(task))
+        rate = config.lr * config.decay(self.step - 1, self.batches)
+        means = {name: float(value) / self.count[name] for name, value in self.total.items()}
+        means.setdefault("loss", math.nan)  # where every step was left out
         self.group.compare(self.method.state_dict(), f"epoch {epoch}")
         self.module.eval()
-        val = evaluate.summarize(self._scores(self.module, self.data.validation))
+        random = _random_state(self.device)
+        try:
+            val = evaluate.summarize(self._scores(self.module, self.data.validation))
+        except (Exception, Interrupted):  # the resumed run validates from the start
+            self.rescue(random=random)
+            raise
         row = {
             "epoch": epoch,
             "train_loss": means["loss"],
@@ -548,13 +724,13 @@ class _Loop:
             "val_hd95": val.hd95,
             "val_empty": val.empty_predictions,
             "lr": rate,
-            "seconds": time.perf_counter() - start,
+            "seconds": time.perf_counter() - self.began,
         }
         self.history.append(row)
-        self.epoch += 1
+        self.epoch, self.at, self.total, self.count = self.epoch + 1, 0, {}, {}
         # The first epoch of a method that is mature replaces the best of those before.
-        new = self.best_epoch < 0 or self.mature(self.epoch) > self.mature(self.best_epoch + 1)
-        better = new or (val.dice > self.best and self.mature(self.epoch))
+        better = self.best_epoch < 0 or self.mature(self.epoch) > self.mature(self.best_epoch + 1)
+        better = better or (val.dice > self.best and self.mature(self.epoch))
         if better:
             self.best, self.best_epoch = val.dice if math.isfinite(val.dice) else -1.0, epoch
 
@@ -562,7 +738,7 @@ class _Loop:
             if better:
                 self.save("best.pt", self.method.exported())
             # The history travels in last.pt, so metrics.csv can always be made whole after a crash.
-            self.save_last()
+            self.write_last()
             write_csv(self.out / "metrics.csv", COLUMNS, self.history)
             for name, number in (
                 ("val/dice", val.dice),
@@ -587,34 +763,54 @@ class _Loop:
                 group["lr"] = first * decay
         return self.config.lr * decay
 
-    def _batches(self, epoch: int) -> Iterator[methods.Batch]:
+    def _batches(self, epoch: int, done: int = 0) -> Iterator[methods.Batch]:
+        """The batches of an epoch, without those that are done."""
         self.training.epoch = epoch
         order, size = self.training.order(epoch), self.config.batch_size
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        batches = [order[start : start + size] for start in range(done * size, len(order), size)]
         loader: Any = torch.utils.data.DataLoader(
             self.training,
             batch_sampler=self.group.shares(batches),
             num_workers=self.config.workers,
+            worker_init_fn=in_worker,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.config.seed + epoch),
         )
         moved: Any = self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
-        yield from self.group.batches(moved, [len(batch) for batch in batches])
+
+        def loaded() -> Iterator[methods.Batch]:
+            try:
+                yield from moved
+            except Exception as error:
+                if (told := _told(error, self.out)) is error:
+                    raise
+                raise told from error
+
+        sizes = [len(batch) for batch in batches]
+        yield from self.group.batches(loaded(), sizes, lambda: self.asked.number is not None)
 
     def _scores(
         self, predictor: Any, cases: Sequence[Case], seen: Callable[[], None] = lambda: None
     ) -> list[evaluate.Score]:
-        """Of all cases, in their order; each process predicts every so manieth."""
+        """Of all cases, in their order; of several processes each predicts its part of them."""
         group, labels = self.group, self.data.classes - 1  # scores of a case
         mine = cases[group.rank :: group.size]
 
+        def stop() -> None:
+            seen()
+            self._unless_stopping()
+
         def scores() -> list[evaluate.Score]:
-            place = (self.store, self.spec.patch, self.device, self.config.batch_size, seen)
+            place = (self.store, self.spec.patch, self.device, self.config.batch_size, stop)
             return evaluate.evaluate(predictor, mine, *place)
 
         every = group.every(scores)
         places = (divmod(i, group.size) for i in range(len(cases)))
         return [s for k, rank in places for s in every[rank][k * labels : (k + 1) * labels]]
+
+    def _unless_stopping(self) -> None:
+        if self.asked.number is not None:
+            raise self.interrupted()
 
     # -- the end --
 
@@ -626,8 +822,7 @@ class _Loop:
         scores = self._scores(method, data.test, lambda: bars.advance(task, self.group.size))
         summary = evaluate.summarize(scores)
         plain = Result(self.config, self.out, self.history, self.best_epoch, summary, data.unit, [])
-        result = self.group.write(lambda: self._conclude(plain, method, scores, picture_ids))
-        return plain if result is None else result
+        return self.group.write(lambda: self._conclude(plain, method, scores, picture_ids)) or plain
 
     def _conclude(
         self,
@@ -650,6 +845,7 @@ class _Loop:
             "unit": data.unit,
             "test": result.test._asdict(),
             "weights": found and found._asdict(),
+            "skipped_steps": self.skipped,
         }
         write_json(self.out / "summary.json", content)
         index = {case.id: i for i, case in enumerate(self.training.cases)}
@@ -684,6 +880,29 @@ def progress(console: Console | None) -> Progress:
         TextColumn("{task.fields[note]}"),
     )
     return Progress(*columns, console=console, disable=console is None, transient=True)
+
+
+def _told(error: Exception, out: Path) -> Exception:
+    """What happened in a worker process, in one line."""
+    text = str(error)
+    if "DataLoader worker" in text and isinstance(error, RuntimeError) and not text.startswith("Caught "):
+        return ChildProcessError(
+            f"a process that prepares batches was killed ({' '.join(text.split())}); noisyseg train --resume {out} "
+            "goes on from the last checkpoint, with fewer --workers if memory ran out"
+        )
+    if text.startswith("Caught "):
+        kind, _, line = text.rstrip().rpartition("\n")[2].partition(": ")
+        return type(error)(line or kind)
+    return error
+
+
+def _copied(part: Any) -> Any:
+    """A state that later steps leave as it is."""
+    if isinstance(part, torch.Tensor):
+        return part.clone()
+    if isinstance(part, dict):
+        return {name: _copied(value) for name, value in part.items()}
+    return [_copied(value) for value in part] if isinstance(part, list) else part
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

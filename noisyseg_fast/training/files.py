@@ -15,22 +15,42 @@ from typing import Any
 
 
 @contextmanager
-def written(path: Path) -> Iterator[Path]:
+def written(path: Path, keep: int = 0) -> Iterator[Path]:
     """A temporary name beside `path`; on leaving, its bytes are on the disk and it takes the name of `path`.
 
-    After an error the temporary file is removed and `path` is as it was. The suffix is kept for writers that
-    go by it.
+    After an error the temporary file is removed and `path` is as it was; an OSError names `path`. The suffix is
+    kept for writers that go by it. keep: so many files of older content stay too, as `older` names them.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp{os.getpid()}-{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _flush(temporary)
+        if path.exists():
+            for i in reversed(range(keep)):
+                with suppress(FileNotFoundError):
+                    os.replace(older(path, i), older(path, i + 1))
         os.replace(temporary, path)
         with suppress(OSError):  # some file systems cannot flush a folder
             _flush(path.parent)
+    except OSError as error:
+        if error.filename is None or str(error.filename) in map(str, (path, temporary, path.parent)):
+            raise type(error)(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def older(path: Path, i: int) -> Path:
+    """last.pt, last-1.pt, last-2.pt, ..."""
+    return path.with_stem(f"{path.stem}-{i}") if i else path
+
+
+def clear(folder: Path) -> None:
+    """Remove what processes that were killed had begun to write."""
+    for path in folder.glob(".tmp*-*"):
+        path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

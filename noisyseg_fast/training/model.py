@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import methods, networks
+from .files import written
 
 FORMAT = 1  # of the checkpoint; raised when old ones can no longer be read
 
@@ -59,6 +61,31 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: is no checkpoint of noisyseg-fast (format {FORMAT})")
     return content
+
+
+class _File(io.FileIO):
+    """Keeps the error of a write, of which torch tells nothing but that it failed."""
+
+    failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        try:
+            while len(rest):
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.failed = error
+            raise
+        return memoryview(data).nbytes
+
+
+def save(path: Path, content: Any, keep: int = 0) -> None:
+    """Content as torch writes it, whole or not at all; keep: as files.written takes it. OSError names `path`."""
+    with written(path, keep) as temporary, _File(temporary, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            raise file.failed or error from error
 
 
 def spec_of(checkpoint: Mapping[str, Any]) -> ModelSpec:

@@ -43,6 +43,7 @@ from torch.utils import _pytree as pytree
 
 from ..dual_norms import DualNorm
 from ..meta import replicated
+from .signals import Interrupted
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -69,7 +70,7 @@ def launch(device: torch.device, devices: int, nodes: int, precision: Any) -> tu
     Raises ValueError where the devices are not there.
     """
     from lightning.fabric import Fabric
-    from lightning.fabric.strategies import DDPStrategy
+    from lightning.fabric.strategies.ddp import DDPStrategy
 
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     if {
@@ -93,7 +94,8 @@ def launch(device: torch.device, devices: int, nodes: int, precision: Any) -> tu
         def setup_module(self, module: nn.Module) -> Any:
             return module  # `enter` reduces gradients
 
-    strategy: Any = Together(timeout=TIMEOUT)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"  # flags need not wait for the GPU
+    strategy: Any = Together(process_group_backend=backend, timeout=TIMEOUT)
     fabric = Fabric(
         accelerator=device.type, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision
     )
@@ -185,6 +187,11 @@ class _Total(torch.autograd.Function):
         return _some(partial(_Total.apply, ctx.group, ctx.what), dots)
 
 
+def _apply(function: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    made: tuple[Tensor, ...] = function.apply(*arguments)
+    return made
+
+
 def _some(function: Callable[..., Any], tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """function of those that are not None, at their places. Which those are is the same on every process."""
     there = [i for i, t in enumerate(tensors) if t is not None]
@@ -236,7 +243,7 @@ class Group:
         self._inside: _Division | None = None  # the work that is being divided
         self._covered: set[nn.Module] = set()  # whose parameters have entered it
         self._weights: dict[Any, Tensor] = {}
-        self._batch: Any = None  # the last one, for its shapes
+        self.flagged = False  # see batches
 
     @property
     def first(self) -> bool:
@@ -285,13 +292,11 @@ class Group:
 
     def gather(self, what: str, sizes: tuple[int, ...], *parts: Tensor) -> tuple[Tensor, ...]:
         if any(map(_moves, parts)):
-            made: tuple[Tensor, ...] = _Gather.apply(self, sizes, what, *parts)
-            return made
+            return _apply(_Gather, self, sizes, what, *parts)
         return tuple(self.gather_raw(what, [(p, sizes) for p in parts]))
 
     def enter(self, what: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        entered: tuple[Tensor, ...] = _Enter.apply(self, what, *tensors)
-        return entered
+        return _apply(_Enter, self, what, *tensors)
 
     def together(self, do: Callable[[], T]) -> T:
         """do() on every process; what goes wrong on one of them is raised on all."""
@@ -318,10 +323,10 @@ class Group:
         if self.size == 1:
             return [do()]
         mine: Any = None
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             mine = do()
-        except Exception as raised:
+        except (Exception, Interrupted) as raised:
             error = raised
         every: list[Any] = [None] * self.size
         dist.all_gather_object(
@@ -330,13 +335,13 @@ class Group:
         self._raise([e for e, _ in every], error)
         return [made for _, made in every] if results else [mine]
 
-    def _raise(self, errors: Sequence[bytes | None], own: Exception | None) -> None:
+    def _raise(self, errors: Sequence[bytes | None], own: BaseException | None) -> None:
         """Raise the first of the processes' errors, if there is any."""
         rank = next((i for i, e in enumerate(errors) if e is not None), None)
         if rank is None:
             return
-        error = own if rank == self.rank and own is not None else pickle.loads(errors[rank])  # type: ignore[arg-type]
-        if any(e is None for e in errors):  # not everybody's
+        error: Any = own if rank == self.rank and own is not None else pickle.loads(errors[rank])  # type: ignore[arg-type]
+        if any(e is None for e in errors) and isinstance(error, Exception):  # not everybody's
             error.args = (f"process {rank} of {self.size}: {error}",)
         error.everywhere = True
         raise error
@@ -350,40 +355,37 @@ class Group:
         divided = [(batch, self.divide(len(batch))) for batch in batches]
         return [list(batch[d.start : d.start + d.run]) for batch, d in divided]
 
-    def batches(self, loader: Any, sizes: Sequence[int]) -> Iterator[Any]:
+    def any(self, *flags: bool) -> list[bool]:
+        """Whether each is set on any process."""
+        if self.size == 1:
+            return list(flags)
+        counts = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(counts)
+        self.messages["flags"] += 1
+        self.bytes["flags"] += counts.nbytes
+        return [n > 0 for n in counts.tolist()]
+
+    def batches(
+        self, loader: Iterator[Any], sizes: Sequence[int], flag: Callable[[], bool] = lambda: False
+    ) -> Iterator[Any]:
         """The whole batches, of so many rows, of what this process loads of each. Where one process cannot load its
-        rows, all raise its error."""
+        rows, all raise its error. `flagged` says of each batch whether flag() was true on any process."""
         if self.size == 1:
             yield from loader
             return
-        loaded = iter(loader)
-        if self._batch is None:
-            self._batch = self.together(lambda: next(loaded))
-            yield self._whole(self._batch, sizes[0], None)
-            sizes = sizes[1:]
         for count in sizes:
-            error: Exception | None = None
+            batch, error = None, None
             try:
-                self._batch = next(loaded)
+                batch = next(loader)
             except Exception as raised:
                 error = raised
-            yield self._whole(self._batch, count, error)
-
-    def _whole(self, batch: Any, count: int, error: Exception | None) -> Any:
-        division = self.divide(count)
-        leaves, tree = pytree.tree_flatten(batch)
-        ones = (1,) * self.size
-        failed = torch.tensor([error is not None], device=leaves[0].device)
-        parts = [(failed, ones), *((_fit(leaf, division.own), division.sizes) for leaf in leaves)]
-        flags, *wholes = self.gather_raw("batch", parts)
-        if flags.any():
-
-            def fail() -> None:
-                if error is not None:
-                    raise error
-
-            self.together(fail)
-        return pytree.tree_unflatten(wholes, tree)
+            failed, self.flagged = self.any(error is not None, flag())
+            if failed:
+                self.together(partial(_fail, error))
+            division = self.divide(count)
+            leaves, tree = pytree.tree_flatten(batch)
+            parts = [(leaf[: division.own], division.sizes) for leaf in leaves]
+            yield pytree.tree_unflatten(self.gather_raw("batch", parts), tree)
 
     # -- networks --
 
@@ -454,7 +456,7 @@ class Group:
         places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.ndim and len(x) == rows]
         moving = [i for i in places if _moves(leaves[i])]
         if moving:
-            taken = _Rows.apply(self, division.sizes, "input gradients", *(leaves[i] for i in moving))
+            taken = _apply(_Rows, self, division.sizes, "input gradients", *(leaves[i] for i in moving))
             result = [dict(zip(moving, taken, strict=True)).get(i, x) for i, x in enumerate(leaves)]
         for i in places:
             own = result[i] if i in moving else self.own(leaves[i], division.sizes)
@@ -551,7 +553,8 @@ class Group:
             scale = scale * module.weight
         shift = -mean * scale if module.bias is None else module.bias - mean * scale
         shape = (1, -1, *(1,) * (x.ndim - 2))
-        return torch.addcmul(shift.view(shape), wide, scale.view(shape)).to(x.dtype)
+        y: Tensor = torch.addcmul(shift.view(shape), wide, scale.view(shape)).to(x.dtype)
+        return y
 
     def _shares_of(self, division: _Division, like: Tensor) -> Tensor:
         """(size, 1): the share of each process in the rows."""
@@ -627,14 +630,12 @@ def whole(rows: Tensor) -> Tensor:
     return rows if _current is None else _current.whole(rows)
 
 
-def _fit(leaf: Tensor, own: int) -> Tensor:
-    """So many rows of the leaf, whatever they hold where it has fewer: they belong to a batch that failed."""
-    if len(leaf) < own:
-        return leaf[:1].expand(own, *leaf.shape[1:])
-    return leaf[:own]
+def _fail(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
-def _sendable(error: Exception) -> bytes:
+def _sendable(error: BaseException) -> bytes:
     try:
         data = pickle.dumps(error)
         pickle.loads(data)
@@ -644,4 +645,4 @@ def _sendable(error: Exception) -> bytes:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
