@@ -60,7 +60,11 @@ def of(tiny, name, out):
 def same(a, b, where=""):
     """Equal to the bit, whatever it is made of; else where it is not."""
     if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b) or (a.isnan() == b.isnan()).all() and torch.equal(a.nan_to_num(), b.nan_to_num()), where
+        assert (
+            torch.equal(a, b)
+            or (a.isnan() == b.isnan()).all()
+            and torch.equal(a.nan_to_num(), b.nan_to_num())
+        ), where
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for name in a:

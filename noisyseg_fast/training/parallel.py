@@ -579,7 +579,7 @@ class Group:
         layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
         if x.ndim in layouts and not x.is_contiguous() and x.is_contiguous(memory_format=layouts[x.ndim]):
             ones = ones.contiguous(memory_format=layouts[x.ndim])  # draws go along memory
-        mask = original(ones)
+        mask: Tensor = original(ones)
         return x * mask[factor * division.start : factor * (division.start + division.run)]
 
     # -- watching --

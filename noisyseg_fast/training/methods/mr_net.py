@@ -169,7 +169,7 @@ class MRNet(OwnNetwork):
         image, raters = batch["image"], batch["raters"]
         there, classes = present(raters), max(1, self.channels - 1)
         drawn = masks(raters, classes).to(image.dtype)  # (B, K, M, *S)
-        vectors = self.vectors(there).to(image.dtype)
+        vectors = self.vectors(there)
         weight = vectors.reshape(*vectors.shape[:2], 1, -1, *(1,) * (image.ndim - 2))
         averaged = (weight * drawn).sum(3).flatten(0, 1)  # (3 B, K, *S)
         found = self.network(image.repeat(3, *(1,) * (image.ndim - 1)), vectors.flatten(0, 1))
