@@ -252,6 +252,12 @@ class Group:
 
     # -- messages --
 
+    def send_gather(self, every: Tensor, mine: Tensor) -> None:
+        _all_gather(every, mine)
+
+    def send_sum(self, flat: Tensor) -> None:
+        dist.all_reduce(flat)
+
     def own(self, whole: Tensor, sizes: Sequence[int]) -> Tensor:
         """This process's rows."""
         start = sum(sizes[: self.rank])
@@ -268,7 +274,7 @@ class Group:
             slots.append(slot)
         mine = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         every = mine.new_empty(self.size * len(mine))
-        _all_gather(every, mine)
+        self.send_gather(every, mine)
         self.messages[what] += 1
         self.bytes[what] += len(every)
         results = []
@@ -283,7 +289,7 @@ class Group:
         for dtype in dict.fromkeys(t.dtype for t in partials):
             chosen = [i for i, t in enumerate(partials) if t.dtype == dtype]
             flat = torch.cat([partials[i].reshape(-1) for i in chosen])
-            dist.all_reduce(flat)
+            self.send_sum(flat)
             self.messages[what] += 1
             self.bytes[what] += flat.nbytes
             for i, piece in zip(chosen, flat.split([partials[i].numel() for i in chosen]), strict=True):
@@ -360,7 +366,7 @@ class Group:
         if self.size == 1:
             return list(flags)
         counts = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(counts)
+        self.send_sum(counts)
         self.messages["flags"] += 1
         self.bytes["flags"] += counts.nbytes
         return [n > 0 for n in counts.tolist()]
