@@ -2,8 +2,9 @@
 
 Everything is counted, by running the step of one process of so many with messages that go nowhere: messages and bytes
 (parallel.Group), floating-point operations of convolutions and matrix products, bytes that torch's operators read and
-write, and how many operators there are; our own kernels and Python's time are not in it. --check N counts the same
-with N real processes, which must agree. From the counts and assumed speeds of H200 GPUs a step's time is modelled;
+write, and how many operators there are; our own kernels and Python's time are not in it. That is done with one and with
+two images for each process; what others have follows from it. --check N counts with N real processes, which must agree
+to the last byte. From the counts and assumed speeds of H200 GPUs a step's time is modelled;
 --measure times real steps on this machine's CPU.
 """
 
@@ -148,13 +149,37 @@ def seconds(counts: Counts, size: int) -> tuple[dict[str, float], str]:
     return parts, bound
 
 
+def between(near: Counts, far: Counts, rows: float, sizes: tuple[int, int], size: int) -> Counts:
+    """The counts of a process with so many rows, of `size` processes, from those with 2 and with 1 row. Work is affine
+    in the rows, and the bytes of messages in the processes, by the statistics of batch norm."""
+
+    def affine(two: int, one: int) -> int:
+        return round(one + (two - one) * (rows - 1))
+
+    bytes_of = {
+        what: round(n + (n - near.bytes[what]) / (sizes[1] - sizes[0]) * (size - sizes[1]))
+        for what, n in far.bytes.items()
+    }
+    flops, copied = affine(near.flops, far.flops), affine(near.copied, far.copied)
+    return Counts(flops, copied, far.operators, far.messages, Counter(bytes_of))
+
+
+def told(name: str, options: argparse.Namespace, sizes: list[int]) -> dict[int, Counts]:
+    """The counts on so many processes."""
+    ends = options.batch // 2, options.batch
+    near, far = (counted(Dry(w, 0), name, options) for w in ends)
+    return {w: between(near, far, options.batch / w, ends, w) for w in sizes}
+
+
 def table(options: argparse.Namespace) -> None:
     sizes = options.processes
+    if options.batch % 2:
+        raise SystemExit("--batch must be even")
     print("| method | messages | batch | outputs | gradients | other |", end="")
     print("".join(f" {w} |" for w in sizes), "bound |")
     print("|---|" + "---:|" * (5 + len(sizes)) + "---|")
     for name in options.methods:
-        every = {w: counted(Dry(w, 0), name, options) for w in sizes}
+        every = told(name, options, sizes)
         last = every[sizes[-1]]
         other = sum(n for what, n in last.bytes.items() if what not in ("batch", "outputs", "gradients"))
         shown = [f"{last.bytes[what] / 1e6:.2f}" for what in ("batch", "outputs", "gradients")]
@@ -168,16 +193,15 @@ def _real(rank: int, size: int, folder: str, options: argparse.Namespace) -> Non
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/{size}", rank=rank, world_size=size)
     for name in options.methods:
-        real, dry = (counted(kind(size, rank), name, options) for kind in (Group, Dry))
-        same = real == dry
+        real = counted(Group(size, rank), name, options)
+        said = told(name, options, [size])[size]
+        same = (real.messages, real.bytes, real.flops) == (said.messages, said.bytes, said.flops)
         if rank == 0:
             sent = sum(real.messages.values()), sum(real.bytes.values())
-            print(
-                f"{size} processes, {name}: {sent[0]} messages, {sent[1]} bytes; as counted: {same}",
-                flush=True,
-            )
+            what = f"{sent[0]} messages, {sent[1]} bytes, {real.flops} operations"
+            print(f"{size} processes, {name}: {what}; as told: {same}", flush=True)
         if not same:
-            sys.exit(f"{name}: {real} is not {dry}")
+            sys.exit(f"{name}: {real} is not {said}")
 
 
 def _timed(rank: int, size: int, folder: str, options: argparse.Namespace) -> None:

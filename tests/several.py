@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import traceback
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from noisyseg_fast.training.parallel import Group
+
+# What takes seconds, and is done once for all processes.
+IMPORTS = [
+    "noisyseg_fast.training.engine",
+    "noisyseg_fast.training.report",
+    "lightning.fabric",
+    "monai.networks.nets",
+]
 
 
 def spread(function, size, folder, *arguments):
     """function(group, *arguments) in `size` processes; what it gave on each. AssertionError with the traceback of the
     first that failed."""
-    context, queue = mp.get_context("spawn"), mp.get_context("spawn").SimpleQueue()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTS)
+    queue = context.SimpleQueue()
     rendezvous = folder / f"rendezvous{size}-{function.__name__}"
     rendezvous.unlink(missing_ok=True)
     where = f"file://{rendezvous}"

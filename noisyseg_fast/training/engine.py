@@ -712,7 +712,7 @@ class _Loop:
         self.module.eval()
         random = _random_state(self.device)
         try:
-            val = evaluate.summarize(self._scores(self.module, self.data.validation))
+            val = evaluate.summarize(self._scores(self.data.validation))
         except (Exception, Interrupted):  # the resumed run validates from the start
             self.rescue(random=random)
             raise
@@ -733,12 +733,11 @@ class _Loop:
         better = better or (val.dice > self.best and self.mature(self.epoch))
         if better:
             self.best, self.best_epoch = val.dice if math.isfinite(val.dice) else -1.0, epoch
+            self.group.write(lambda: self.save("best.pt", self.method.exported()))
+        # The history travels in last.pt, so metrics.csv can always be made whole after a crash.
+        self.save_last()
 
         def write() -> None:
-            if better:
-                self.save("best.pt", self.method.exported())
-            # The history travels in last.pt, so metrics.csv can always be made whole after a crash.
-            self.write_last()
             write_csv(self.out / "metrics.csv", COLUMNS, self.history)
             for name, number in (
                 ("val/dice", val.dice),
@@ -789,7 +788,10 @@ class _Loop:
         sizes = [len(batch) for batch in batches]
         yield from self.group.batches(loaded(), sizes, lambda: self.asked.number is not None)
 
-    def _scores(
+    def _scores(self, cases: Sequence[Case]) -> list[evaluate.Score]:
+        return self._scores_of(self.module, cases)
+
+    def _scores_of(
         self, predictor: Any, cases: Sequence[Case], seen: Callable[[], None] = lambda: None
     ) -> list[evaluate.Score]:
         """Of all cases, in their order; of several processes each predicts its part of them."""
@@ -819,7 +821,7 @@ class _Loop:
         method, _ = self.group.together(lambda: load_model(read_checkpoint(path), self.device))
         data = self.data
         task = bars.add_task("testing", total=len(data.test), note="")
-        scores = self._scores(method, data.test, lambda: bars.advance(task, self.group.size))
+        scores = self._scores_of(method, data.test, lambda: bars.advance(task, self.group.size))
         summary = evaluate.summarize(scores)
         plain = Result(self.config, self.out, self.history, self.best_epoch, summary, data.unit, [])
         return self.group.write(lambda: self._conclude(plain, method, scores, picture_ids)) or plain
