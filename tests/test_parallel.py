@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 NUMBERS = (0, 12)  # of the steps: the first, and one where ramps, rounds and thresholds are at work
 # With batch norm and dropout; networks that are used by parts; every kind of gradient.
 HARD = (
-    ("ce", "vnet"), ("mean_teacher", "vnet"), ("double_uncertainty", "vnet"), ("dtc", "vnet"), ("mcpm", "vnet"),
-    ("sassnet", "vnet"), ("coplenet", "coplenet"), ("umanet", "unet"), ("self_calib", "unet"), ("mr_net", "unet"),
+    ("ce", "vnet"), ("double_uncertainty", "vnet"), ("mcpm", "vnet"), ("sassnet", "vnet"), ("coplenet", "coplenet"),
+    ("umanet", "unet"), ("self_calib", "unet"),
 )  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def config_of(folder, out):
     """Four training cases in batches of three, one to validate, one to test."""
     return engine.Config(
         data=str(folder / "data"), method="ce_dice", width=4, epochs=2, batch_size=3, optimizer="sgd", lr=0.01,
-        schedule="constant", validation=0.2, test=0.2, out=str(folder / out),
+        schedule="constant", out=str(folder / out),
     )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def of_engine(group, folder):
 
     def stopped(self, number):
         calls.append(number)
-        if group.rank and len(calls) == 3:
+        if group.rank and len(calls) == 2:  # of the first batch
             os.kill(os.getpid(), signal.SIGTERM)
         return item(self, number)
 
@@ -307,18 +307,16 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def test_torchrun_comes_to_the_parameters_of_one_process(folder):
+def test_torchrun_comes_to_the_parameters_of_one_process(one, folder):
     """More processes than cases to validate or test, and a last batch of fewer images than processes."""
     train = ("noisyseg_fast.cli", "train", "--data", folder / "data", *OPTIONS, "--out")
-    alone = run(*train, folder / "alone")
-    assert alone.returncode == 0, alone.stderr
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m")
     several = run(*launcher, *train, folder / "torchrun")
     assert several.returncode == 0, several.stderr
     assert several.stdout.count("test: Dice") == 1
-    states = [read_checkpoint(folder / out / "last.pt")["method"] for out in ("alone", "torchrun")]
+    states = [read_checkpoint(folder / out / "last.pt")["method"] for out in ("one", "torchrun")]
     assert apart(*states) < 1e-6
-    assert (folder / "alone" / "test.csv").read_text() == (folder / "torchrun" / "test.csv").read_text()
+    assert (folder / "one" / "test.csv").read_text() == (folder / "torchrun" / "test.csv").read_text()
 
 
 def test_fabric_starts_the_others_and_a_mistake_is_said_once(folder):
