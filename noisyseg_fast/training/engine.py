@@ -245,7 +245,7 @@ def train(
     fabric, group = parallel.launch(
         pick_device(config.device), config.devices, config.nodes, config.precision
     )
-    with group.alike(), progress(console if group.first else None) as bars:
+    with group.alike(), parallel.told(config.out), progress(console if group.first else None) as bars:
         loop = group.together(lambda: _prepare(config, resume, data, fabric, group, bars))
         with loop.asked:
             group.write(loop.describe)

@@ -116,6 +116,20 @@ def silent(error: BaseException) -> bool:
     return place() > 0 and (not alone or isinstance(error, KeyboardInterrupt))
 
 
+@contextmanager
+def told(out: str) -> Iterator[None]:
+    """Inside, ConnectionError in plain words where another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(f"Connection {what} by peer" in str(error) for what in ("closed", "reset")):
+            raise
+        raise ConnectionError(
+            "another of the processes that train together has ended, as it or the system's log says; "
+            f"noisyseg train --resume {out} goes on from the last checkpoint"
+        ) from error
+
+
 # ---- the four operations --------------------------------------------------------------------------
 
 
