@@ -168,7 +168,11 @@ def told(name: str, options: argparse.Namespace, sizes: list[int]) -> dict[int, 
     """The counts on so many processes."""
     ends = options.batch // 2, options.batch
     near, far = (counted(Dry(w, 0), name, options) for w in ends)
-    return {w: between(near, far, options.batch / w, ends, w) for w in sizes}
+    every = {w: between(near, far, options.batch / w, ends, w) for w in sizes}
+    if 1 in every:  # which has torch's own batch norm and dropout
+        alone = argparse.Namespace(**{**vars(options), "batch": 2})
+        every[1].operators = counted(Group(1, 0), name, alone).operators
+    return every
 
 
 def table(options: argparse.Namespace) -> None:
@@ -178,6 +182,7 @@ def table(options: argparse.Namespace) -> None:
     print("| method | messages | batch | outputs | gradients | other |", end="")
     print("".join(f" {w} |" for w in sizes), "bound |")
     print("|---|" + "---:|" * (5 + len(sizes)) + "---|")
+    rows: dict[str, list[str]] = {}  # methods of one kind share a row
     for name in options.methods:
         every = told(name, options, sizes)
         last = every[sizes[-1]]
@@ -186,7 +191,9 @@ def table(options: argparse.Namespace) -> None:
         times, bounds = zip(*(seconds(counts, w) for w, counts in every.items()), strict=True)
         cells = [str(sum(last.messages.values())), *shown, f"{other / 1e6:.2f}"]
         cells += [f"{1e3 * parts['step']:.1f}" for parts in times]
-        print(f"| {name} | {' | '.join(cells)} | {', '.join(dict.fromkeys(bounds))} |", flush=True)
+        rows.setdefault(f"{' | '.join(cells)} | {', '.join(dict.fromkeys(bounds))}", []).append(name)
+    for row, names in rows.items():
+        print(f"| {', '.join(names)} | {row} |")
 
 
 def _real(rank: int, size: int, folder: str, options: argparse.Namespace) -> None:
