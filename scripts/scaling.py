@@ -4,8 +4,8 @@ Everything is counted, by running the step of one process of so many with messag
 (parallel.Group), floating-point operations of convolutions and matrix products, bytes that torch's operators read and
 write, and how many operators there are; our own kernels and Python's time are not in it. That is done with one and with
 two images for each process; what others have follows from it, but for some bytes between the parts of a message.
---check N counts the same with N real processes, which must agree to the last byte. From the counts and assumed speeds of H200 GPUs a step's time is modelled;
---measure times real steps on this machine's CPU.
+--check N counts the same with N real processes, which must agree to the last byte. From the counts and assumed speeds
+of H200 GPUs a step's time is modelled; --measure times real steps on this machine's CPU.
 """
 
 from __future__ import annotations
