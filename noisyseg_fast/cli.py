@@ -6,6 +6,7 @@ Bad input ends with one line on stderr and exit code 2; --debug, anywhere on the
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from functools import partial
@@ -26,6 +27,7 @@ except ModuleNotFoundError as missing:
 out = Console()
 
 
+# What a resumed run may have otherwise.
 class _Group(TyperGroup):
     """Takes --debug from anywhere on the line, and turns errors into one line and an exit code."""
 
@@ -51,8 +53,18 @@ class _Group(TyperGroup):
     def _fail(self, ctx: Any, error: Exception, text: str, code: int) -> None:
         if ctx.meta["debug"]:
             traceback.print_exception(error)
-        print(f"noisyseg: {' '.join(text.split())}", file=sys.stderr)
+        if not _another_says(error):
+            print(f"noisyseg: {' '.join(text.split())}", file=sys.stderr)
         raise typer.Exit(code) from error
+
+
+def _another_says(error: BaseException) -> bool:
+    """Whether this is one of several processes that train together, and the first says what is wrong."""
+    if not {"RANK", "LOCAL_RANK"} & os.environ.keys():
+        return False
+    from .training import parallel
+
+    return parallel.silent(error)
 
 
 app = typer.Typer(
@@ -74,7 +86,7 @@ IGNORE = Option(
 )
 ROOT = Option(help="The folder that a datalist's files lie in. [default: the datalist's own]")
 RESUMABLE = (  # settings that a run may go on with
-    *("epochs", "device", "precision", "workers", "keep", "save_every", "on_nan"),
+    *("epochs", "device", "precision", "workers", "devices", "nodes", "keep", "save_every", "on_nan"),
     *("cache", "cache_gb", "cache_dir"),
 )
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
@@ -176,8 +188,8 @@ def train(
     resume: Annotated[
         Path | None,
         Option(
-            help="Go on with the run in this folder; only --epochs, --device, --precision, --workers, --keep, "
-            "--save-every, --on-nan and --cache... may change."
+            help="Go on with the run in this folder; only --epochs, --device, --precision, --workers, --devices, "
+            "--nodes, --keep, --save-every, --on-nan and --cache... may change."
         ),
     ] = None,
     device: Annotated[str | None, Option(help="auto, cpu, cuda or cuda:N. [default: auto]")] = None,
@@ -193,6 +205,11 @@ def train(
     cache_dir: Annotated[
         Path | None, Option(help="Folder for --cache disk. [default: noisyseg in the user's cache folder]")
     ] = None,
+    devices: Annotated[
+        int | None,
+        Option(help="GPUs, or processes on the CPU, that train together on each computer. [default: 1]"),
+    ] = None,
+    nodes: Annotated[int | None, Option(help="Computers that train together. [default: 1]")] = None,
     keep: Annotated[
         int | None,
         Option(help="Checkpoints to go on from: last.pt, last-1.pt, the one before it, ... [default: 2]"),
@@ -225,7 +242,7 @@ def train(
     """
     import dataclasses
 
-    from .training import engine
+    from .training import engine, parallel
 
     given: dict[str, Any] = {
         "data": data,
@@ -254,6 +271,8 @@ def train(
         "cache": cache,
         "cache_gb": cache_gb,
         "cache_dir": str(cache_dir) if cache_dir else None,
+        "devices": devices,
+        "nodes": nodes,
         "keep": keep,
         "save_every": save_every,
         "on_nan": on_nan,
@@ -278,8 +297,11 @@ def train(
     try:
         result = engine.train(config, resume=resume is not None, console=out)
     except KeyboardInterrupt as stop:
-        print(f"noisyseg: interrupted; noisyseg train --resume {config.out} goes on", file=sys.stderr)
+        if not _another_says(stop):
+            print(f"noisyseg: interrupted; noisyseg train --resume {config.out} goes on", file=sys.stderr)
         raise typer.Exit(getattr(stop, "code", 130)) from None
+    if parallel.place():  # the first process says it
+        return
     out.print(f"test: {result.test.sentence(result.unit)}", highlight=False)
     _say("checkpoint", result.out / "best.pt")
     _say("report", result.out / "report.html")

@@ -27,7 +27,8 @@ Notes on the passes
 - Reentrant checkpointing (use_reentrant=True) is silently wrong in forward mode, and so is any op registered with
   torch.library and register_autograd: the self-check finds both. Non-reentrant checkpointing works.
 - With torch.distributed initialised, pixels are counted and g, v and the clean loss are summed over all
-  processes; the gradients of `objective` are this process's share: sum (not average) them over the processes.
+  processes; the gradients of `objective` are this process's share: sum (not average) them over the processes. Where
+  every process has the whole batch already (`training.parallel`), `replicated` is set and nothing is summed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +67,7 @@ Tensors = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 MODES = ("forward", "double_vjp")
+replicated: ContextVar[bool] = ContextVar("replicated", default=False)
 
 
 class _Triple(NamedTuple):
@@ -707,7 +710,7 @@ def _unwrap(net: Any) -> nn.Module:
 
 
 def _processes() -> int:
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if replicated.get() or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return 1
     return torch.distributed.get_world_size()
 

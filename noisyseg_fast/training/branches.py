@@ -18,6 +18,8 @@ class BranchedUNet(nn.Module):
     padded with zeros to multiples of 16, and what was added is cut off again.
     """
 
+    rowwise = ("encode", "decode")  # parallel.py
+
     def __init__(self, dims: int, inputs: int, outputs: int, width: int, branches: int) -> None:
         from monai.networks.blocks import Convolution, ResidualUnit
 

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from .. import __version__
-from . import cache, evaluate, methods, networks, nonfinite, resample
+from . import cache, evaluate, methods, networks, nonfinite, parallel, resample
 from .data import Array, Case, Data, Store, TrainingSet, check, open_data, patch_size
 from .evaluate import Summary
 from .files import clear, older, write_csv, write_json
@@ -45,6 +45,7 @@ from .signals import Asked, Interrupted, in_worker
 from .untrusted import first_line, parse_json, parse_settings, typed
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
     from rich.console import Console
     from rich.progress import Progress
 
@@ -72,7 +73,7 @@ class Config:
     foreground: float | None = None  # share with which an untrained network begins; None: as MONAI makes it
     epochs: int = 100
     epoch_batches: int | None = None  # steps of an epoch; None: one pass over the training cases
-    batch_size: int = 16
+    batch_size: int = 16  # of all processes together
     optimizer: str = "adam"  # or "sgd", with momentum 0.9
     lr: float = 1e-3
     # Of lr: poly, (1 - epoch/epochs)^0.9, nnU-Net's; constant; halve; tenth, to a tenth (UA-MT's every 2500 steps).
@@ -99,6 +100,8 @@ class Config:
     cache: str = "memory"  # where loaded cases are kept: memory, disk or none; see data.Store
     cache_gb: float = 4.0  # of memory at most
     cache_dir: str | None = None  # of "disk"; None: where the platform keeps caches
+    devices: int = 1  # processes that train together on each computer; torchrun's number goes first
+    nodes: int = 1  # computers
     keep: int = 2  # checkpoints to go on from: last.pt, last-1.pt, which was last.pt before, ...
     save_every: int | None = None  # steps; None: last.pt is written after each epoch only
     # When a loss, or a parameter after a step, is not finite: "stop" before that step, or "skip" it: the run goes on
@@ -107,7 +110,8 @@ class Config:
     out: str = "runs/train"
 
     def check(self) -> None:
-        for name in ("epochs", "batch_size", "width", "halve_every", "patience", "keep", "save_every"):
+        counts = ("epochs", "batch_size", "width", "halve_every", "patience", "keep", "save_every")
+        for name in (*counts, "devices", "nodes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -233,10 +237,30 @@ def train(
 
     Raises ValueError (DataError) for bad settings or data before anything is written, FileExistsError when
     config.out holds a run already, FloatingPointError when the loss is not finite, OSError when a file cannot be
-    read or written, ChildProcessError when a worker process was killed.
+    read or written, ChildProcessError when a worker process was killed. Of several processes (parallel.py) all raise
+    what one raises; the first alone writes, and has the pictures and what the weights tell.
     """
     config.check()
     config = config.resolved()
+    fabric, group = parallel.launch(
+        pick_device(config.device), config.devices, config.nodes, config.precision
+    )
+    with group.alike(), parallel.told(config.out), progress(console if group.first else None) as bars:
+        loop = group.together(lambda: _prepare(config, resume, data, fabric, group, bars))
+        with loop.asked:
+            group.write(loop.describe)
+            group.together(loop.found)
+            loop.run(bars)
+            result = loop.finish(bars, picture_ids)
+        if report:
+            group.write(lambda: _report(result))
+    return result
+
+
+def _prepare(
+    config: Config, resume: bool, data: Data | None, fabric: Fabric, group: parallel.Group, bars: Progress
+) -> _Loop:
+    """What there is to do before the first step; nothing is written."""
     assert config.network is not None and config.width is not None
     out = Path(config.out)
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -255,62 +279,60 @@ def train(
         cache=config.cache,
         folder=Path(config.cache_dir) if config.cache_dir else None,
     )
-    with progress(console) as bars:
-        task = bars.add_task("reading", total=len(data.split("all")), note="")
-        shape = check(data, store, lambda: bars.advance(task))
-        bars.remove_task(task)
-        patch = patch_size(shape, networks.get(config.network).divisor, config.patch)
-        training = TrainingSet(
-            data.training if config.train_on != "meta" else (),
-            store,
-            patch,
-            noise_rate=config.noise_rate,
-            noise_radius=config.noise_radius,
-            seed=config.seed,
-            clean=data.meta if config.train_on != "training" else (),
-            meta=data.meta if "meta" in parts else (),
-            unlabelled=data.unlabelled if "unlabelled" in parts else (),
-            fuse=_fusion(config, data.classes) if "raters" in parts else None,
-            items=config.epoch_batches and config.epoch_batches * config.batch_size,
-        )
-        spec = ModelSpec(
-            config.method,
-            config.network,
-            config.width,
-            shape.spatial_dims,
-            shape.channels,
-            data.classes,
-            patch,
-            dict(config.options),
-            max(1, training.raters),
-            config.spacing,
-        )
-        loop = _Loop(config, spec, data, store, training)
-        with loop.asked:
-            if resume:
-                loop.resume()
-            loop.describe()
-            loop.run(bars)
-            result = loop.finish(bars, picture_ids)
-    if report:
-        from .report import write_report
+    task = bars.add_task("reading", total=len(data.split("all")), note="")
+    shape = check(data, store, lambda: bars.advance(task))
+    bars.remove_task(task)
+    patch = patch_size(shape, networks.get(config.network).divisor, config.patch)
+    training = TrainingSet(
+        data.training if config.train_on != "meta" else (),
+        store,
+        patch,
+        noise_rate=config.noise_rate,
+        noise_radius=config.noise_radius,
+        seed=config.seed,
+        clean=data.meta if config.train_on != "training" else (),
+        meta=data.meta if "meta" in parts else (),
+        unlabelled=data.unlabelled if "unlabelled" in parts else (),
+        fuse=_fusion(config, data.classes) if "raters" in parts else None,
+        items=config.epoch_batches and config.epoch_batches * config.batch_size,
+    )
+    spec = ModelSpec(
+        config.method,
+        config.network,
+        config.width,
+        shape.spatial_dims,
+        shape.channels,
+        data.classes,
+        patch,
+        dict(config.options),
+        max(1, training.raters),
+        config.spacing,
+    )
+    loop = _Loop(config, spec, data, store, training, fabric, group)
+    if resume:
+        loop.resume()
+    return loop
 
-        name = config.method
-        overlays = merge_pictures({name: result.pictures})
-        write_report(
-            out / "report.html",
-            title=f"{config.method} on {config.data}, noise rate {config.noise_rate:g}",
-            runs=[result.run(name)],
-            overlays=overlays,
-            weights={name: result.weights} if result.found else {},
-            explained=result.explained,
-            notes=[
-                f"Test: {result.test.sentence(result.unit)}.",
-                f"Best epoch: {result.best_epoch}.",
-                *([found_sentence(result.found)] if result.found else []),
-            ],
-        )
-    return result
+
+def _report(result: Result) -> None:
+    from .report import write_report
+
+    config = result.config
+    name = config.method
+    overlays = merge_pictures({name: result.pictures})
+    write_report(
+        result.out / "report.html",
+        title=f"{config.method} on {config.data}, noise rate {config.noise_rate:g}",
+        runs=[result.run(name)],
+        overlays=overlays,
+        weights={name: result.weights} if result.found else {},
+        explained=result.explained,
+        notes=[
+            f"Test: {result.test.sentence(result.unit)}.",
+            f"Best epoch: {result.best_epoch}.",
+            *([found_sentence(result.found)] if result.found else []),
+        ],
+    )
 
 
 def _fusion(config: Config, classes: int) -> Callable[[Array], Array | None]:
@@ -387,17 +409,21 @@ class _Loop:
     """The state of a run and what is done with it."""
 
     def __init__(
-        self, config: Config, spec: ModelSpec, data: Data, store: Store, training: TrainingSet
+        self,
+        config: Config,
+        spec: ModelSpec,
+        data: Data,
+        store: Store,
+        training: TrainingSet,
+        fabric: Fabric,
+        group: parallel.Group,
     ) -> None:
-        from lightning.fabric import Fabric, seed_everything
+        from lightning.fabric import seed_everything
 
-        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
         self.config, self.spec, self.data, self.store, self.training = config, spec, data, store, training
         self.out = Path(config.out)
-        self.device = pick_device(config.device)
-        precision: Any = config.precision
-        devices: Any = 1 if self.device.type == "cpu" else [self.device.index]
-        self.fabric = Fabric(accelerator=self.device.type, devices=devices, precision=precision)
+        self.fabric, self.group, self.device = fabric, group, fabric.device
+        self.refused: list[Path] | None = None  # checkpoints that could not be used, where a run was resumed
         seed_everything(config.seed, verbose=False)
         self.method = spec.build()
         if config.foreground is not None:
@@ -434,7 +460,12 @@ class _Loop:
         return {**ids, "unlabelled": [c.id for c in self.data.unlabelled]}
 
     def describe(self) -> None:
-        """config.json and split.json, before the first epoch."""
+        """config.json and split.json, before the first epoch, and what a resumed run finds in order."""
+        clear(self.out)
+        for bad in self.refused or ():  # which would be kept in place of a good one
+            os.replace(bad, bad.with_name(f"refused-{bad.name}"))
+        if self.refused is not None:
+            write_csv(self.out / "metrics.csv", COLUMNS, self.history)
         content = {
             "config": dataclasses.asdict(self.config),
             "method_options": dataclasses.asdict(self.method.config),
@@ -443,6 +474,13 @@ class _Loop:
         }
         write_json(self.out / "config.json", content)
         write_json(self.out / "split.json", self.split())
+
+    def found(self) -> None:
+        """FileNotFoundError where this process does not see what the first one wrote."""
+        if not (self.out / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{self.out}: is not here what it is for the first process; choose a folder that all computers share"
+            )
 
     def save(self, name: str, weights: Mapping[str, torch.Tensor], keep: int = 0, **more: Any) -> None:
         content = {
@@ -468,7 +506,7 @@ class _Loop:
             "total": self.total,
             "count": self.count,
             "skipped": self.skipped,
-            "random": _random_state(),
+            "random": _random_state(self.device),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -482,10 +520,20 @@ class _Loop:
         self.at, self.step, self.skipped = state.get("at", 0), state["step"], list(state.get("skipped", ()))
         self.total = {name: value.to(self.device) for name, value in state.get("total", {}).items()}
         self.count = dict(state.get("count", {}))
-        _set_random_state(state["random"])
+        _set_random_state(state["random"], self.device)
 
-    def save_last(self, **changed: Any) -> None:
-        """last.pt, beside those before it. changed: parts of the state in place of those there are."""
+    def save_last(self) -> None:
+        """last.pt, beside those before it."""
+        self.group.write(self.write_last)
+
+    def rescue(self, **changed: Any) -> None:
+        """The same on the way out, where no process waits for another."""
+        if self.group.first:
+            with suppress(OSError):
+                self.write_last(**changed)
+
+    def write_last(self, **changed: Any) -> None:
+        """changed: parts of the state in place of those there are."""
         state = {**self.state(), **changed}
         self.save(
             "last.pt",
@@ -501,9 +549,8 @@ class _Loop:
     def resume(self) -> None:
         """Go on from last.pt, or from the newest one before it that can be used; from the start without any.
 
-        ValueError when there are some and none can be used.
+        ValueError when there are some and none can be used. Writes nothing.
         """
-        clear(self.out)
         there = [path for i in range(100) if (path := older(self.out / "last.pt", i)).is_file()]
         if not there:  # stopped in the first epoch
             return
@@ -537,9 +584,7 @@ class _Loop:
             LOG.warning("%s; going on from %s", line, path.name)
         if self.epoch > self.config.epochs:
             raise ValueError(f"epochs must be at least {self.epoch}, which are done already")
-        for bad in there[: len(refused)]:  # which would be kept in place of a good one
-            os.replace(bad, bad.with_name(f"refused-{bad.name}"))
-        write_csv(self.out / "metrics.csv", COLUMNS, self.history)
+        self.refused = there[: len(refused)]
 
     # -- training --
 
@@ -548,16 +593,15 @@ class _Loop:
 
         task = bars.add_task(self.config.method, total=self.config.epochs * self.batches, note="")
         bars.update(task, completed=self.step)
-        log: Any = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch)
+        log: Any = None
+        if self.group.first:
+            log = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch)
         try:
             while self.epoch < self.config.epochs and not self.stalled():
                 self._epoch(bars, task, log)
-        except Exception as error:
-            if (told := _told(error, self.out)) is error:
-                raise
-            raise told from error
         finally:
-            log.close()
+            if log is not None:
+                log.close()
         bars.remove_task(task)
 
     def stalled(self) -> bool:
@@ -571,12 +615,12 @@ class _Loop:
         return self.method.mature(epochs * self.batches)
 
     def stopping(self) -> bool:
-        """Whether to stop now: asked after each step and each validated case."""
-        return self.asked.number is not None
+        """Whether to stop now, on all processes alike: asked after each step."""
+        return self.group.flagged if self.group.size > 1 else self.asked.number is not None
 
     def anywhere(self, flag: bool) -> bool:
         """The flag, or that of any other process."""
-        return flag
+        return self.group.any(flag)[0]
 
     def interrupted(self) -> Interrupted:
         return Interrupted(self.asked.number or signal.SIGTERM)
@@ -593,8 +637,7 @@ class _Loop:
             try:
                 batch = next(batches)
             except Exception:  # as for a file that is gone; the state is whole
-                with suppress(OSError):
-                    self.save_last()
+                self.rescue()
                 raise
             losses = self._step(batch)
             number, last = self.step, self.at == self.batches
@@ -620,11 +663,12 @@ class _Loop:
 
     def _step(self, batch: methods.Batch) -> methods.Losses:
         self._set_lr()
-        losses: methods.Losses = self.module.training_step(batch, self.step)
-        self.optimizer.zero_grad()
-        self.fabric.backward(losses["loss"])
-        self.optimizer.step()
-        self.method.after_step(self.step)
+        with self.group.dividing(self.method):
+            losses: methods.Losses = self.module.training_step(batch, self.step)
+            self.optimizer.zero_grad()
+            self.fabric.backward(losses["loss"])
+            self.optimizer.step()
+            self.method.after_step(self.step)
         for name, value in losses.items():
             self.total[name] = self.total.get(name, 0) + value.detach()
             self.count[name] = self.count.get(name, 0) + 1
@@ -641,7 +685,7 @@ class _Loop:
         cases = [self.training.case_ids(number) for number in order]
         images = nonfinite.diagnose(self.module, batch, self.step, cases)
         path = self.out / f"nan-step-{self.step}.pt"
-        nonfinite.write(path, batch, self.step, self.epoch, numbers, images)
+        self.group.write(lambda: nonfinite.write(path, batch, self.step, self.epoch, numbers, images))
         what = nonfinite.sentence(images, numbers, good)
         return f"step {self.step} (epoch {self.epoch}): {what}; saved in {path}"
 
@@ -658,7 +702,11 @@ class _Loop:
             self.step, self.at = self.step + 1, self.at + 1
             return
         self.save_last()
-        raise FloatingPointError(line)
+
+        def stop() -> None:
+            raise FloatingPointError(line)
+
+        self.group.together(stop)
 
     def _epoch(self, bars: Progress, task: Any, log: Any) -> None:
         epoch, config = self.epoch, self.config
@@ -668,13 +716,13 @@ class _Loop:
         rate = config.lr * config.decay(self.step - 1, self.batches)
         means = {name: float(value) / self.count[name] for name, value in self.total.items()}
         means.setdefault("loss", math.nan)  # where every step was left out
+        self.group.compare(self.method.state_dict(), f"epoch {epoch}")
         self.module.eval()
-        random = _random_state()
+        random = _random_state(self.device)
         try:
             val = evaluate.summarize(self._scores(self.data.validation))
         except (Exception, Interrupted):  # the resumed run validates from the start
-            with suppress(OSError):
-                self.save_last(random=random)
+            self.rescue(random=random)
             raise
         row = {
             "epoch": epoch,
@@ -689,22 +737,27 @@ class _Loop:
         self.history.append(row)
         self.epoch, self.at, self.total, self.count = self.epoch + 1, 0, {}, {}
         # The first epoch of a method that is mature replaces the best of those before.
-        first = self.best_epoch < 0 or self.mature(self.epoch) > self.mature(self.best_epoch + 1)
-        if first or (val.dice > self.best and self.mature(self.epoch)):
+        better = self.best_epoch < 0 or self.mature(self.epoch) > self.mature(self.best_epoch + 1)
+        better = better or (val.dice > self.best and self.mature(self.epoch))
+        if better:
             self.best, self.best_epoch = val.dice if math.isfinite(val.dice) else -1.0, epoch
-            self.save("best.pt", self.method.exported())
+            self.group.write(lambda: self.save("best.pt", self.method.exported()))
         # The history travels in last.pt, so metrics.csv can always be made whole after a crash.
         self.save_last()
-        write_csv(self.out / "metrics.csv", COLUMNS, self.history)
-        for name, number in (
-            ("val/dice", val.dice),
-            ("val/iou", val.iou),
-            ("val/hd95", val.hd95),
-            ("lr", rate),
-        ):
-            log.add_scalar(name, number, epoch)
-        for name, number in means.items():
-            log.add_scalar(f"train/{name}", number, epoch)
+
+        def write() -> None:
+            write_csv(self.out / "metrics.csv", COLUMNS, self.history)
+            for name, number in (
+                ("val/dice", val.dice),
+                ("val/iou", val.iou),
+                ("val/hd95", val.hd95),
+                ("lr", rate),
+            ):
+                log.add_scalar(name, number, epoch)
+            for name, number in means.items():
+                log.add_scalar(f"train/{name}", number, epoch)
+
+        self.group.write(write)
         note = f"epoch {self.epoch}/{config.epochs}  loss {means['loss']:.4f}  val Dice {val.dice:.4f}"
         bars.update(task, note=note)
 
@@ -720,54 +773,76 @@ class _Loop:
     def _batches(self, epoch: int, done: int = 0) -> Iterator[methods.Batch]:
         """The batches of an epoch, without those that are done."""
         self.training.epoch = epoch
+        order, size = self.training.order(epoch), self.config.batch_size
+        batches = [order[start : start + size] for start in range(done * size, len(order), size)]
         loader: Any = torch.utils.data.DataLoader(
             self.training,
-            batch_size=self.config.batch_size,
-            sampler=self.training.order(epoch)[done * self.config.batch_size :],
+            batch_sampler=self.group.shares(batches),
             num_workers=self.config.workers,
             worker_init_fn=in_worker,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.config.seed + epoch),
         )
         moved: Any = self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
-        yield from moved
+
+        def loaded() -> Iterator[methods.Batch]:
+            try:
+                yield from moved
+            except Exception as error:
+                if (told := _told(error, self.out)) is error:
+                    raise
+                raise told from error
+
+        sizes = [len(batch) for batch in batches]
+        yield from self.group.batches(loaded(), sizes, lambda: self.asked.number is not None)
 
     def _scores(self, cases: Sequence[Case]) -> list[evaluate.Score]:
-        return evaluate.evaluate(
-            self.module,
-            cases,
-            self.store,
-            self.spec.patch,
-            self.device,
-            self.config.batch_size,
-            self._unless_stopping,
-        )
+        return self._scores_of(self.module, cases)
+
+    def _scores_of(
+        self, predictor: Any, cases: Sequence[Case], seen: Callable[[], None] = lambda: None
+    ) -> list[evaluate.Score]:
+        """Of all cases, in their order; of several processes each predicts its part of them."""
+        group, labels = self.group, self.data.classes - 1  # scores of a case
+        mine = cases[group.rank :: group.size]
+
+        def stop() -> None:
+            seen()
+            self._unless_stopping()
+
+        def scores() -> list[evaluate.Score]:
+            place = (self.store, self.spec.patch, self.device, self.config.batch_size, stop)
+            return evaluate.evaluate(predictor, mine, *place)
+
+        every = group.every(scores)
+        places = (divmod(i, group.size) for i in range(len(cases)))
+        return [s for k, rank in places for s in every[rank][k * labels : (k + 1) * labels]]
 
     def _unless_stopping(self) -> None:
-        if self.stopping():
+        if self.asked.number is not None:
             raise self.interrupted()
 
     # -- the end --
 
     def finish(self, bars: Progress, picture_ids: Sequence[str] | None) -> Result:
-        method, _ = load_model(read_checkpoint(self.out / f"{self.config.test_on}.pt"), self.device)
-        data, patch = self.data, self.spec.patch
+        path = self.out / f"{self.config.test_on}.pt"
+        method, _ = self.group.together(lambda: load_model(read_checkpoint(path), self.device))
+        data = self.data
         task = bars.add_task("testing", total=len(data.test), note="")
-
-        def seen() -> None:
-            bars.advance(task)
-            self._unless_stopping()
-
-        scores = evaluate.evaluate(
-            method,
-            data.test,
-            self.store,
-            patch,
-            self.device,
-            self.config.batch_size,
-            seen,
-        )
+        scores = self._scores_of(method, data.test, lambda: bars.advance(task, self.group.size))
         summary = evaluate.summarize(scores)
+        plain = Result(self.config, self.out, self.history, self.best_epoch, summary, data.unit, [])
+        return self.group.write(lambda: self._conclude(plain, method, scores, picture_ids)) or plain
+
+    def _conclude(
+        self,
+        result: Result,
+        method: methods.Method,
+        scores: Sequence[evaluate.Score],
+        picture_ids: Sequence[str] | None,
+    ) -> Result:
+        """Writes what came out, and adds what the report shows beyond the scores."""
+        data, patch = self.data, self.spec.patch
         evaluate.write_scores(self.out / "test.csv", scores)
         # The weights as they were last, with the state that made them, whichever epoch is tested.
         self.method.eval()
@@ -778,7 +853,7 @@ class _Loop:
         content = {
             "best_epoch": self.best_epoch,
             "unit": data.unit,
-            "test": summary._asdict(),
+            "test": result.test._asdict(),
             "weights": found and found._asdict(),
             "skipped_steps": self.skipped,
         }
@@ -794,9 +869,7 @@ class _Loop:
             corrupted = [self.training.cases[i].id for i in np.flatnonzero(self.training.radii)]
             ids = [*spread(data.test, 4), *corrupted[:2]]
         shown = evaluate.pictures(method, data, self.store, patch, self.device, ids, noisy)
-        return Result(
-            self.config, self.out, self.history, self.best_epoch, summary, data.unit, shown, found, maps, told
-        )
+        return dataclasses.replace(result, pictures=shown, found=found, weights=maps, explained=told)
 
 
 def spread(cases: Sequence[Case], count: int) -> list[str]:
@@ -842,22 +915,23 @@ def _copied(part: Any) -> Any:
     return [_copied(value) for value in part] if isinstance(part, list) else part
 
 
-def _random_state() -> dict[str, Any]:
+def _random_state(device: torch.device) -> dict[str, Any]:
     """The global generators, as tensors and plain values, so that torch can load them with weights_only."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # Of the device alone that it runs on: several processes draw alike, each on its own.
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
     }
 
 
-def _set_random_state(state: Mapping[str, Any]) -> None:
+def _set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "cuda" and state["cuda"]:
+        torch.cuda.set_rng_state(state["cuda"][0], device)

@@ -20,6 +20,9 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.code = 128 + number
 
+    def __reduce__(self) -> Any:
+        return Interrupted, (self.code - 128,)
+
 
 class Asked:
     """Inside `with`, in the main thread: `number` is the signal that asked to stop, None before one came.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import losses
-from .. import networks
+from .. import networks, parallel
 from ..pixels import class_probabilities
 from . import mean_teacher
 from .base import Batch, Losses, register
@@ -99,7 +99,7 @@ def last_features(network: nn.Module) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, given: tuple[Any, ...]) -> None:
-        seen.append(given[0])
+        seen.append(parallel.whole(given[0]))
 
     hook = networks.before_head(network).register_forward_pre_hook(keep)
     try:

@@ -52,6 +52,8 @@ class Config:
 
 
 class Network(nn.Module):
+    rowwise = ("converge", "diverge")  # parallel.py
+
     def __init__(self, dims: int, inputs: int, outputs: int, width: int, raters: int) -> None:
         super().__init__()
         convolution: Any = nn.Conv2d if dims == 2 else nn.Conv3d
