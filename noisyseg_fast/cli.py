@@ -27,7 +27,6 @@ except ModuleNotFoundError as missing:
 out = Console()
 
 
-# What a resumed run may have otherwise.
 class _Group(TyperGroup):
     """Takes --debug from anywhere on the line, and turns errors into one line and an exit code."""
 
