@@ -562,7 +562,7 @@ def each_label(
 
     Where the results overlap the smaller label stays. labels: integers >= 0.
 
-    Extra memory: 7 bytes per pixel of uint8 labels, most of it the operator's own.
+    Extra memory: 8 bytes per pixel of uint8 labels, most of it the operator's own.
     """
     batch = _batch(labels, spatial_dims, "labels")
     out = _library(batch).zeros_like(batch.items)
