@@ -23,6 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from noisyseg_fast import meta
 from noisyseg_fast.training import methods
 from noisyseg_fast.training.model import ModelSpec
 from noisyseg_fast.training.parallel import Group
@@ -79,6 +80,7 @@ def build(name: str, network: str | None, width: int, side: int, dims: int) -> m
     spec = ModelSpec(name, network, width, dims, 1, 2, (side,) * dims, {}, 3)
     method = spec.build().train()
     method.plan = methods.Plan(torch.optim.Adam(method.trained(), lr=1e-3), 20, 5)
+    meta._KNOWN[method.network] = "forward"  # no self-check: it would compare processes that are not there
     return method
 
 
