@@ -2,7 +2,7 @@
 
 annotations: (M, *S) or (B, M, *S), M raters; torch, NumPy, CuPy or DLPack, any strides. How many axes are space says
 `spatial_dims`; None: arrays of up to 4 dimensions are (M, *S), of more (B, M, *S), unless `present` has two
-axes, which means a batch. Without num_classes they are masks, and whatever is not 0 is object; with num_classes=C
+axes, which means a batch; (1, n, h, w) could be either and is refused. Without num_classes they are masks, and whatever is not 0 is object; with num_classes=C
 (2 to 255) images of labels 0 to C - 1, and any other label is no vote. bool, uint8, int32, int64; soft_average and
 label_sampling take floats too.
 
@@ -579,6 +579,11 @@ def _votes(
     if spatial_dims is None:
         two = mask is not None and len(mask.shape) == 2
         dims = len(shape) - (2 if two or len(shape) > 4 else 1)
+        if dims == 3 and len(shape) == 4 and shape[0] == 1:
+            raise ValueError(
+                f"annotations have shape {shape}: one rater's volume, or one image of {shape[1]} raters? "
+                "Pass spatial_dims=3 or spatial_dims=2"
+            )
     else:
         dims = spatial_dims
     lead = len(shape) - dims

@@ -724,3 +724,11 @@ def test_fuse_errors_are_one_line_and_write_nothing(files, tmp_path):
     assert result.stderr == f"noisyseg: {b}: would replace a rater's mask; choose another --out\n"
     assert fuse(a, b, "-o", tmp_path / "out.png").stderr.endswith("must be .nii.gz or .nii, as the masks\n")
     assert "Example: noisyseg fuse" in " ".join(fuse("--help").output.split())
+
+
+def test_a_batch_of_one_is_not_taken_for_a_volume_of_one_rater():
+    raters = np.random.default_rng(0).integers(0, 2, (1, 5, 8, 8), np.uint8)
+    with pytest.raises(ValueError, match=r"shape \(1, 5, 8, 8\): one rater's volume, or one image of 5 raters"):
+        labels.majority_vote(raters)
+    assert labels.majority_vote(raters, spatial_dims=2).shape == (1, 8, 8)
+    assert labels.majority_vote(raters, spatial_dims=3).shape == (5, 8, 8)

@@ -159,10 +159,12 @@ void count_keys(const Step& step, const Target& t, const Key* keys, int n, int64
     Key some = 0;
     for (int k = i; k < end; ++k) some |= static_cast<Key>((keys[k] >> above >> further) == key);
     if (!some) continue;
+    int found[32], m = 0;  // gathered first: whether a key begins so is not to be guessed by the processor
     for (int k = i; k < end; ++k) {
-      const int digit = digit_of(step, t, keys[k], q + k, none);
-      if (digit >= 0) ++table[digit * copies + k % copies];
+      found[m] = digit_of(step, t, keys[k], q + k, none);
+      m += found[m] >= 0;
     }
+    for (int k = 0; k < m; ++k) ++table[found[k] * copies + k % copies];
   }
 }
 
@@ -236,11 +238,16 @@ void write_chosen(const Rows& from, const Search& s, Key flip, uint8_t* out, con
   const int64_t pixels = from.layout.pixels();
   for_slices(s.rows, pixels, exec, 1, [&](int64_t row, int64_t first, int64_t end, int) {
     const Target t = s.target[row];
+    const Key last = static_cast<Key>(t.key);
     Key keys[block];
     for (int64_t q = first; q < end; q += block) {
       const int n = static_cast<int>(smaller(block, end - q));
       load_keys<T>(from, row, q, n, flip, keys);
-      for (int i = 0; i < n; ++i) out[row * pixels + q + i] = is_in(t, keys[i], q + i, none);
+      // Places are compared once for a block: 64 bits wide, they would quarter the vectors.
+      const int first = t.place < q ? 0 : 1 + static_cast<int>(smaller(t.place - q, n - 1));
+      uint8_t* const to = out + row * pixels + q;
+      for (int i = 0; i < first; ++i) to[i] = is_in(last, keys[i], true, none);
+      for (int i = first; i < n; ++i) to[i] = is_in(last, keys[i], false, none);
     }
   });
 }

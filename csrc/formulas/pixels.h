@@ -157,10 +157,14 @@ NOISYSEG_FORMULA void advance(Target& t, const Step& step, int digit, int64_t be
   }
 }
 
+// first: whether the pixel is among the first of those whose key is the last one that is in.
+template <class Key>
+NOISYSEG_FORMULA bool is_in(Key last, Key key, bool first, Key none) {
+  return (key != none) & ((key < last) | (first & (key == last)));
+}
 template <class Key>
 NOISYSEG_FORMULA bool is_in(const Target& t, Key key, int64_t place, Key none) {
-  const Key last = static_cast<Key>(t.key);
-  return (key != none) & ((key < last) | ((key == last) & (place <= t.place)));
+  return is_in(static_cast<Key>(t.key), key, place <= t.place, none);
 }
 
 // What is looked for in each row: the two neighbours of each quantile, or the k first values.
