@@ -299,7 +299,7 @@ def test_who_waits_for_a_process_that_is_gone_is_told(two):
 def run(*command, **environment):
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
-        [sys.executable, "-m", *map(str, command)], env=variables, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", *map(str, command)], env=variables, capture_output=True, text=True, timeout=900
     )
 
 
