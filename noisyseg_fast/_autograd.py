@@ -37,19 +37,20 @@ def signature(arrays: Arrays, options: Options, ignore_index: Any, reduction: An
     try:
         if not logits.is_cpu or logits.is_neg() or target.is_neg():
             return None
-        key = [options, ignore_index, reduction, logits.shape, logits.dtype, logits.stride()]
-        key += [target.shape, target.dtype, target.device, target.stride()]
+        key = [options, ignore_index, reduction, type(logits), logits.shape, logits.dtype, logits.stride()]
+        key += [type(target), target.shape, target.dtype, target.device, target.stride()]
         for x in (weight, mask):
             if x is None:
                 key.append(None)
             elif x.is_neg():
                 return None
             else:
-                key += [x.shape, x.dtype, x.device, x.stride()]
+                key += [type(x), x.shape, x.dtype, x.device, x.stride()]
         if isinstance(class_weight, (list, tuple)):
             key.append(tuple(float(w) for w in class_weight))
         elif class_weight is not None:
-            key += [class_weight.shape, class_weight.dtype, class_weight.device, class_weight.stride()]
+            key += [type(class_weight), class_weight.shape, class_weight.dtype]
+            key += [class_weight.device, class_weight.stride()]
         found = tuple(key)
         hash(found)
     except (

@@ -1269,6 +1269,13 @@ def test_a_known_call_still_refuses_what_a_signature_does_not_show():
         losses.pixel_loss(z, y, weight=w.to_sparse())
     with pytest.raises(TypeError, match="pass both as one kind"):
         losses.pixel_loss(z, y.numpy(), weight=w)
+    gone = w.clone()
+    gone.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="weight has no memory of its own"):
+        losses.pixel_loss(z, y, weight=gone)
+    fake = torch._subclasses.FakeTensorMode().from_tensor(w)
+    with pytest.raises(ValueError, match="weight has no memory of its own"):
+        losses.pixel_loss(z, y, weight=fake)
 
 
 def test_an_option_that_is_an_array_is_read_at_each_call():

@@ -199,7 +199,7 @@ def both(module: str, name: str, swap: Swap) -> tuple[list[str], list[str], int]
         ("torchmetrics.functional.segmentation.utils", "distance_transform", torchmetrics_functions, 1),
         ("torchmetrics.segmentation", "HausdorffDistance", torchmetrics_classes, 1),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_the_examples_of_the_peers(module: str, name: str, swap: Swap, checks: int) -> None:
     theirs, ours, checked = both(module, name, swap)

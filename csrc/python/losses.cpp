@@ -4,6 +4,8 @@
 
 #include <array>
 #include <memory>
+#include <stdexcept>
+#include <string>
 
 #include "bind.h"
 
@@ -51,6 +53,8 @@ namespace {
 
 // loss_forward on the CPU for arrays of which all but the addresses is known from an earlier call.
 class LossCall {
+  static constexpr const char* names[] = {"logits", "target", "weight", "mask", "class_weight"};
+
  public:
   LossCall(const std::array<Array, 5>& inputs, const LossOptions& options, int reduction, const Array& loss,
            const Array& keep)
@@ -67,7 +71,12 @@ class LossCall {
                     int threads) const {
     py::bytearray result(nullptr, sums_);
     std::array<Array, 5> in = inputs_;
-    for (size_t i = 0; i < in.size(); ++i) in[i].data = reinterpret_cast<void*>(addresses[i]);
+    for (size_t i = 0; i < in.size(); ++i) {
+      if (in[i].data && !addresses[i])
+        throw std::invalid_argument(std::string(names[i]) +
+                                    " has no memory of its own (freed, fake or wrapped); pass a plain tensor");
+      in[i].data = reinterpret_cast<void*>(addresses[i]);
+    }
     Array loss = loss_, keep = keep_, sums;
     loss.data = reinterpret_cast<void*>(loss_address);
     keep.data = reinterpret_cast<void*>(keep_address);
