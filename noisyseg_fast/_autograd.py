@@ -33,24 +33,19 @@ def signature(arrays: Arrays, options: Options, ignore_index: Any, reduction: An
     """What the checks of a call depend on, as the key of a dict; None where the call must be checked in full."""
     if compiling() or _transforms_active() or forward_ad._current_level >= 0:
         return None
-    logits, target, weight, mask, class_weight = arrays
+    key: list[Any] = [options, ignore_index, reduction]
     try:
-        if not logits.is_cpu or logits.is_neg() or target.is_neg():
+        if not arrays[0].is_cpu:
             return None
-        key = [options, ignore_index, reduction, type(logits), logits.shape, logits.dtype, logits.stride()]
-        key += [type(target), target.shape, target.dtype, target.device, target.stride()]
-        for x in (weight, mask):
+        for x in arrays:
             if x is None:
                 key.append(None)
-            elif x.is_neg():
+            elif isinstance(x, (list, tuple)):  # class_weight
+                key.append(tuple(float(w) for w in x))
+            elif x.layout is not torch.strided or x.is_neg():
                 return None
             else:
                 key += [type(x), x.shape, x.dtype, x.device, x.stride()]
-        if isinstance(class_weight, (list, tuple)):
-            key.append(tuple(float(w) for w in class_weight))
-        elif class_weight is not None:
-            key += [type(class_weight), class_weight.shape, class_weight.dtype]
-            key += [class_weight.device, class_weight.stride()]
         found = tuple(key)
         hash(found)
     except (

@@ -57,6 +57,7 @@ OTHER = {
     "tangent",
     "backward_tangent",
     "value_and_grad",
+    "bad_label",
     "loss_shape",
     "loss_dtype",
     "sums_shape",

@@ -119,7 +119,7 @@ def _small(result: Any, reference: Any) -> tuple[Any, Any] | None:
     """As bool, where NumPy has counted the voxels before our kernel is called."""
     if not type(result) is type(reference) is np.ndarray or result.shape != reference.shape:
         return None
-    if result.size >= _SMALL:
+    if result.size >= _SMALL or not {result.dtype.kind, reference.dtype.kind} <= set("buif"):
         return None
     return result.astype(bool, copy=False), reference.astype(bool, copy=False)
 

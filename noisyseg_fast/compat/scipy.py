@@ -76,11 +76,9 @@ def as_mask(x: Any, dtypes: Sequence[str], name: str) -> Any:
     if isinstance(x, type) or (not hasattr(x, "__dlpack__") and not hasattr(x, "__cuda_array_interface__")):
         x = np.asarray(x)
     if _foreign(x):
-        try:
-            x = np.from_dlpack(x)
-        except Exception:
-            _arrays.of(**{name: x})  # says why not
-            raise
+        space = _arrays.of(**{name: x})
+        assert isinstance(space, _arrays.Dlpack)
+        x = space.as_numpy(x)
     if isinstance(x, np.ndarray) and (x.dtype.kind in "SUVMm" or (x.dtype.hasobject and not _numbers(x))):
         raise TypeError(f"{name} must be an array of numbers, got dtype {x.dtype}")
     if type(x).__module__.split(".")[0] == "torch" and (str(x.layout) != "torch.strided" or x.is_nested):
