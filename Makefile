@@ -22,7 +22,7 @@ demo: $(VENV)/.demo
 	$(bin)/noisyseg demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.test
-	PATH="$(abspath $(bin)):$$PATH" OMP_WAIT_POLICY=passive python -m pytest -n auto --dist loadfile
+	PATH="$(abspath $(bin)):$$PATH" OMP_WAIT_POLICY=passive python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 soak: $(VENV)/.test
 	PATH="$(abspath $(bin)):$$PATH" OMP_WAIT_POLICY=passive python -m pytest -m soak

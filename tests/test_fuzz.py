@@ -58,6 +58,7 @@ def test_every_family_has_calls() -> None:
 
 
 @needs_cmake
+@pytest.mark.soak  # for the minutes that the compiler takes
 def test_cpp() -> None:
     run(built(False), 4000, 1)
 

@@ -202,12 +202,12 @@ def test_staple_equals_simpleitk_on_random_raters(count):
     for seed in range(4):
         masks = raters((12, 20, 16), count, seed, share=0.1 + 0.2 * seed)
         posterior, sensitivity, specificity, peer = itk_staple(masks)
-        found = nf.staple(masks, dtype="float64")
+        found = nf.staple(masks, dtype="float64", spatial_dims=3)
         np.testing.assert_allclose(found.posterior, posterior, atol=1e-9)
         np.testing.assert_allclose(found.sensitivity, sensitivity, atol=1e-9)
         np.testing.assert_allclose(found.specificity, specificity, atol=1e-9)
         assert found.iterations == peer.GetElapsedIterations() + 1
-        assert np.abs(nf.staple(masks).posterior - posterior).max() < 1e-6
+        assert np.abs(nf.staple(masks, spatial_dims=3).posterior - posterior).max() < 1e-6
 
 
 def test_staple_equals_simpleitk_on_the_sample():

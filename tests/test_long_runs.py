@@ -84,7 +84,7 @@ def end(out, name="last.pt"):
     state = model.read_checkpoint(Path(out) / name)
     for row in state.get("history", ()):
         del row["seconds"]
-    del state["config"]
+    del state["config"], state["file"]
     state.pop("seconds", None)
     return state
 
@@ -124,7 +124,7 @@ def signal_in(monkeypatch, number, step, where="_step"):
 @pytest.fixture(scope="module")
 def read_once():
     """The same loaded images for all runs."""
-    return cache(lambda classes, raters, spacing: STORE(classes, raters=raters, spacing=spacing))
+    return cache(lambda classes, *_, raters, spacing, **__: STORE(classes, raters=raters, spacing=spacing))
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
@@ -719,7 +719,8 @@ def test_a_full_disk(tiny, tmp_path, monkeypatch, untested, uninterrupted):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_data_file_that_vanishes(tiny, tmp_path, monkeypatch, untested, workers):
     root = nifti_folder(tmp_path / "set", cases=8, shape=(16, 32), raters=1)
-    monkeypatch.setattr(engine, "Store", partial(STORE, limit=0))  # read again each time, as large data are
+    # Read again each time, as large data are.
+    monkeypatch.setattr(engine, "Store", lambda classes, _, **more: STORE(classes, 0, **more))
     config = replace(of(tiny, "ce", tmp_path / "whole"), data=str(root), workers=workers)
     train(config, report=False)
 

@@ -599,6 +599,10 @@ class _Loop:
         try:
             while self.epoch < self.config.epochs and not self.stalled():
                 self._epoch(bars, task, log)
+        except RuntimeError as error:  # a worker's end is told by a signal, within a step as well
+            if (told := _told(error, self.out)) is error:
+                raise
+            raise told from error
         finally:
             if log is not None:
                 log.close()

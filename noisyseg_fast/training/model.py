@@ -122,10 +122,14 @@ def load_model(checkpoint: Mapping[str, Any], device: torch.device) -> tuple[met
     # last.pt holds more than that.
     where = f"{checkpoint['file']}: cannot be read as a checkpoint: " if "file" in checkpoint else ""
     needed, state = method.state_dict(), checkpoint["method"]
-    for name, value in needed.items():
-        if name not in state or state[name].shape != value.shape:
-            raise ValueError(f"{where}its weights are not those of its model: {name} is missing or another")
-    method.load_state_dict({name: value for name, value in state.items() if name in needed})
+    try:
+        method.load_state_dict({name: value for name, value in state.items() if name in needed})
+    except RuntimeError as error:
+        other = (n for n, value in needed.items() if n not in state or state[n].shape != value.shape)
+        name = next(other, "one")
+        raise ValueError(
+            f"{where}its weights are not those of its model: {name} is missing or another"
+        ) from error
     for name, value in method.named_parameters():
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{where}its weights {name} are not finite")
