@@ -177,12 +177,12 @@ def test_peak_is_as_stated(operation: Operation) -> None:
     libc.mallopt(-3, 1 << 17)
     libc.malloc_trim(0)
     try:
-        peaks = [timing.peak_extra(lambda: operation.call(**arrays)) for _ in range(3)]
+        peaks = [timing.peak_extra(lambda: operation.call(**arrays)) for _ in range(5)]
     finally:
         libc.prctl(41, 0, 0, 0, 0)
     if None in peaks:
         pytest.skip("needs Linux's /proc/self/clear_refs")
     pixels = 2 * math.prod(PEAK)
     least, most = (0 if bound else 0.9 * wanted - 0.15 * pixels), 1.1 * wanted + 0.25 * pixels
-    peak = sorted(peaks)[1]
+    peak = min(peaks)  # what other threads and a heap with gaps add is not the operation's
     assert least <= peak <= most, f"{peak / pixels:.2f} bytes per pixel; stated {wanted / pixels:.2f}"
