@@ -451,7 +451,7 @@ def distort_boundary(
     pixels, one integer or (least, most), drawn for each disk. The contour is the object's pixels with a face
     neighbour in the background. All disks are made by one distance transform, whatever their number and size.
 
-    Extra memory: 20 bytes per pixel of uint8 masks.
+    Extra memory: at most 20 bytes per pixel of uint8 masks.
     """
     low, high = (round(r) for r in _range("radius", radius))
     _probability("share", share)
