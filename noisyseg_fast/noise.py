@@ -321,7 +321,7 @@ def erase_component(
     which: "random" (each as likely), "largest" or "smallest" (of equals the first). connectivity: "full" (8 or 26
     neighbours) or "face" (4 or 6).
 
-    Extra memory: 9 bytes per pixel of uint8 masks.
+    Extra memory: at most 9 bytes per pixel of uint8 masks.
     """
     _probability("probability", probability)
     if which not in ("random", "largest", "smallest"):
