@@ -56,7 +56,7 @@ def kernels(family: str) -> set[str]:
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-@pytest.mark.parametrize("program", ["selftest", *FAMILIES])
+@pytest.mark.parametrize("program", ["selftest", "planes", *FAMILIES])
 def test_kernels_are_clean(program: str, sanitizer: str, tmp_path: Path) -> None:
     """In both orders of blocks and threads; and every kernel of the family runs."""
     assert (ROOT / f"tests/emulator/{program}.cpp").exists(), f"write the driver tests/emulator/{program}.cpp"

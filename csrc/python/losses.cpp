@@ -73,8 +73,9 @@ class LossCall {
     std::array<Array, 5> in = inputs_;
     for (size_t i = 0; i < in.size(); ++i) {
       if (in[i].data && !addresses[i])
-        throw std::invalid_argument(std::string(names[i]) +
-                                    " has no memory of its own (freed, fake or wrapped); pass a plain tensor");
+        throw std::invalid_argument(
+            std::string(names[i]) +
+            " has no memory of its own (freed, fake or wrapped); pass a plain tensor");
       in[i].data = reinterpret_cast<void*>(addresses[i]);
     }
     Array loss = loss_, keep = keep_, sums;

@@ -27,7 +27,7 @@ template <class T>
 T pick(std::initializer_list<T> from) {
   return from.begin()[pick(static_cast<int64_t>(from.size()))];
 }
-double uniform() { return (randomness() >> 8) / 16777216.0; }
+[[maybe_unused]] double uniform() { return (randomness() >> 8) / 16777216.0; }
 
 int failures = 0;
 void fail(const std::string& name, const std::string& what) {
