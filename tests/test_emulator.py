@@ -58,10 +58,11 @@ def kernels(family: str) -> set[str]:
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("program", ["selftest", "planes", *FAMILIES])
 def test_kernels_are_clean(program: str, sanitizer: str, tmp_path: Path) -> None:
-    """In both orders of blocks and threads; and every kernel of the family runs."""
+    """In both orders of blocks and threads (the race checker needs one: it knows what is ordered by what); and every
+    kernel of the family runs."""
     assert (ROOT / f"tests/emulator/{program}.cpp").exists(), f"write the driver tests/emulator/{program}.cpp"
     log = tmp_path / "launches"
-    for settings in ({"LOG": str(log)}, {"REVERSE": "1"}):
+    for settings in ({"LOG": str(log)}, {"REVERSE": "1"})[: 1 if sanitizer == "thread" else 2]:
         done = run(sanitizer, program, **settings)
         said = f"exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[:6000]}"
         assert done.returncode == 0, said
