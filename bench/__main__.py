@@ -1,9 +1,10 @@
 """Every operation against its peers on this machine: python -m bench
 
 Writes a JSON file for each family, results.md and speedups.png. On the CPU unless a CUDA device is found and our
-build has its kernels (or --device says otherwise). A full run is to end within 15 minutes on 2 cores, --quick within 2:
-a peer whose call took longer than a limit in this machine's last results is left out, and the tables say so (--all runs
-it), and so is torch.compile once its share of the time is used up.
+build has its kernels (or --device says otherwise). A full run ends within 15 minutes, --quick within 2: the time that
+is left is divided over the cases that are left, by what they took in the last results, and a case begins no further
+peer once its part is over (`timing.measure`). A peer whose call took longer than a limit in the last results is left
+out from the start. The tables name whatever is left out, with the reason; --all runs it.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import importlib
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from noisyseg_fast.timing import COMPILED, Case, duration, measure
+from noisyseg_fast.timing import COMPILED, OURS, Case, Measurement, duration, measure
 
 from . import report
 
@@ -50,11 +52,15 @@ class Limits(NamedTuple):
     minutes: float  # for all cases
     peer: float  # seconds of a peer's call, from the last results, above which it is left out
     seconds: float  # of timing for a case
-    slow: float  # a call longer than this is made once
+    slow: float  # a call longer than this is made once or twice
 
 
-FULL, QUICK = Limits(12, 2.0, 0.8, 2.0), Limits(1.4, 0.5, 0.3, 0.3)
+FULL, QUICK = Limits(13, 2.0, 0.8, 2.0), Limits(1.5, 0.5, 0.3, 0.3)
 ALL = Limits(math.inf, math.inf, 3.0, 8.0)
+COMPILING = 8.0  # seconds that torch.compile takes for a case, until this run knows better,
+NETWORKS = {"U-Net forward-mode pass": 240.0}  # and for whole networks
+UNKNOWN = 4.0  # seconds of a case of which there are no results,
+LONG = {"meta": 20.0, "steps": 20.0, "validation": 60.0}  # and of some families
 
 
 def known(out: Path, device: str) -> dict[str, list[dict[str, Any]]]:
@@ -67,9 +73,9 @@ def known(out: Path, device: str) -> dict[str, list[dict[str, Any]]]:
     return {}
 
 
-def left_out(case: Case, last: Mapping[str, Any], limits: Limits, late: bool) -> dict[str, tuple[str, float]]:
-    """Contenders without a place in this run: why, and about how many seconds a call takes."""
-    reasons = {COMPILED: ("no time left to compile; --all runs it", 0.0)} if late else {}
+def left_out(case: Case, last: Mapping[str, Any], limits: Limits) -> dict[str, tuple[str, float]]:
+    """Contenders that are too slow for this run: why, and about how many seconds a call takes."""
+    reasons = {}
     for c in last.get(case.family, ()):
         if (c["operation"], c["input"]) == (case.operation, case.input):
             for name, timed in c["contenders"].items():
@@ -79,16 +85,43 @@ def left_out(case: Case, last: Mapping[str, Any], limits: Limits, late: bool) ->
     return reasons
 
 
-def expected(cases: Sequence[Mapping[str, Any]], limits: Limits) -> float:
-    """Seconds that a family took last, or may take, within these limits."""
-    total = 0.0
-    for c in cases:
-        calls = [t["p50"] or 0 for t in c["contenders"].values()]
-        compiling = 8.0 if (c["contenders"].get(COMPILED) or {}).get("p50") else 0.0
-        total += c.get("took") or limits.seconds + 1 + compiling + 2 * sum(
-            t for t in calls if t <= limits.peer
-        )
-    return total
+def need(case: Mapping[str, Any], limits: Limits) -> float:
+    """Seconds that a case of the last results may take within these limits."""
+    timed = case["contenders"]
+    always = (OURS, case.get("oracle"))
+    calls = [t["p50"] or 0 for name, t in timed.items() if name in always or (t["p50"] or 0) <= limits.peer]
+    compiling = COMPILING if (timed.get(COMPILED) or {}).get("p50") else 0.0
+    return limits.seconds + 1 + compiling + sum(t if t > limits.slow else 5 * t for t in calls)
+
+
+def needs(work: Mapping[str, Sequence[Any]], last: Mapping[str, Any], limits: Limits) -> list[float]:
+    """Of each case of `work`, by family."""
+    result: list[float] = []
+    for name, makers in work.items():
+        records = last.get(name, ())
+        if len(records) == len(makers):
+            result += [need(c, limits) for c in records]
+        else:
+            result += [LONG.get(name, UNKNOWN)] * len(makers)
+    return result
+
+
+def run(
+    makers: Sequence[Callable[[], Case]],
+    needed: Sequence[float],
+    seconds: float,
+    one: Callable[[Case, float], object],
+    clock: Callable[[], float] = time.perf_counter,
+) -> int:
+    """Call one(case, its seconds) for each case: of the time that is left its part, by `needed`, of the cases that are
+    left. Returns how many cases there was time for: those after that are not begun."""
+    end = clock() + seconds
+    for i, make in enumerate(makers):
+        left = end - clock()
+        if left <= 0:
+            return i
+        one(make(), left if math.isinf(left) else left * needed[i] / sum(needed[i:]))
+    return len(makers)
 
 
 def main() -> None:
@@ -113,32 +146,30 @@ def main() -> None:
         name: list(FAMILIES[name].cases(device, options.quick))
         for name in dict.fromkeys(options.family or FAMILIES)
     }
-    count = sum(map(len, work.values()))
-    likely = {name: 4.0 * len(makers) for name, makers in work.items()}
-    if not options.quick:
-        likely |= {name: expected(last[name], limits) for name in work if name in last}
-    minutes = min(sum(likely.values()) / 60, limits.minutes)
+    makers = [make for group in work.values() for make in group]
+    needed = needs(work, last, limits)
+    minutes = min(sum(needed) / 60, limits.minutes)
     most = "no limit" if options.all else f"{15 if limits is FULL else 2} at most"
-    print(f"bench: {count} cases, about {minutes:.0f} minutes by the last results, {most}", flush=True)
-    begin, scale = time.perf_counter(), limits.minutes * 60 / sum(likely.values())
-    plan = [  # each case with the time by which it should be done, if the families share all of it as they need it
-        (make, scale * (sum(list(likely.values())[:f]) + likely[name] * (i + 1) / len(makers)))
-        for f, (name, makers) in enumerate(work.items())
-        for i, make in enumerate(makers)
-    ]
-    done = []
+    print(f"bench: {len(makers)} cases, about {minutes:.0f} minutes, {most}", flush=True)
+    begin, done, compiling = time.perf_counter(), list[Measurement](), [COMPILING]
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=count)
-        for make, by in plan:
-            case = make()
+        task = progress.add_task("measuring", total=len(makers))
+
+        def one(case: Case, budget: float) -> None:
             progress.update(task, description=f"{case.operation} {case.input}")
-            late = time.perf_counter() - begin > by
-            skip = left_out(case, last, limits, late)
-            done.append(measure(case, limits.seconds / (3 if late else 1), limits.slow, skip))
-            del case
+            usual = NETWORKS.get(case.operation, float(np.median(compiling[-9:])))
+            skip = left_out(case, last, limits)
+            done.append(measure(case, limits.seconds, limits.slow, skip, budget, usual))
+            if done[-1].compiling is not None:
+                compiling.append(done[-1].compiling)
             console.print(report.table(done[-1]))
             progress.advance(task)
+
+        begun = run(makers, needed, limits.minutes * 60, one)
+    if begun < len(makers):
+        families = [name for name, group in work.items() for _ in group][begun:]
+        print(f"bench: no time for {len(families)} cases of {', '.join(dict.fromkeys(families))}")
     report.write(out, machine, done)
     took = time.perf_counter() - begin
     absent = sorted({f"{n} ({t.note})" for m in done for n, t in m.timings.items() if t.state == "missing"})
