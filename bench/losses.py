@@ -66,11 +66,9 @@ def maps(logits: Any, target: Any, activation: str | None = None, keep: Any = No
     p = logits.sigmoid() if _by_sigmoid(logits, activation) else logits.softmax(1)
     if target.shape == logits.shape:
         g = target
-    elif channels == 1:
-        g = target.unsqueeze(1)
     else:
-        labels = target.long() if keep is None else target.long().masked_fill(~keep, 0)
-        g = one_hot(labels, channels).movedim(-1, 1)
+        labels = target if keep is None else target.masked_fill(~keep, 0)
+        g = labels.unsqueeze(1) if channels == 1 else one_hot(labels.long(), channels).movedim(-1, 1)
     return p, g.to(p.dtype)
 
 
@@ -152,8 +150,10 @@ def pixel(
     keep, sigmoid = kept(target, mask, ignore_index), _by_sigmoid(logits, activation)
     if kind in ("ce", "focal"):
         if sigmoid:
-            g = target if target.shape == logits.shape else target.unsqueeze(1)
-            each = binary_cross_entropy_with_logits(logits, g.to(logits.dtype), reduction="none")
+            g = target if keep is None or target.shape == logits.shape else target.masked_fill(~keep, 0)
+            each = binary_cross_entropy_with_logits(
+                logits, g.reshape(logits.shape).to(logits.dtype), reduction="none"
+            )
         else:
             y = target if target.shape == logits.shape else target.long()
             ignored = -100 if ignore_index is None else ignore_index
