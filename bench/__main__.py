@@ -59,8 +59,8 @@ FULL, QUICK = Limits(13, 2.0, 0.8, 2.0), Limits(1.5, 0.5, 0.3, 0.3)
 ALL = Limits(math.inf, math.inf, 3.0, 8.0)
 COMPILING = 8.0  # seconds that torch.compile takes for a case, until this run knows better,
 NETWORKS = {"U-Net forward-mode pass": 240.0}  # and for whole networks
-UNKNOWN = 4.0  # seconds of a case of which there are no results,
-LONG = {"meta": 20.0, "steps": 20.0, "validation": 60.0}  # and of some families
+UNKNOWN = 2.0  # seconds of a case of which there are no results,
+LONG = {"losses": 10, "meta": 3, "steps": 4, "validation": 12}  # and how many times that in some families
 
 
 def known(out: Path, device: str) -> dict[str, list[dict[str, Any]]]:
@@ -87,22 +87,26 @@ def left_out(case: Case, last: Mapping[str, Any], limits: Limits) -> dict[str, t
 
 def need(case: Mapping[str, Any], limits: Limits) -> float:
     """Seconds that a case of the last results may take within these limits."""
-    timed = case["contenders"]
-    always = (OURS, case.get("oracle"))
-    calls = [t["p50"] or 0 for name, t in timed.items() if name in always or (t["p50"] or 0) <= limits.peer]
-    compiling = COMPILING if (timed.get(COMPILED) or {}).get("p50") else 0.0
-    return limits.seconds + 1 + compiling + sum(t if t > limits.slow else 5 * t for t in calls)
+    calls, left = [], 0.0
+    for name, timed in case["contenders"].items():
+        about = timed["p50"] or 0.0
+        if about > limits.peer and name not in (OURS, case.get("oracle")):
+            left += about
+        else:
+            calls.append(about)
+    took = (case.get("took") or 0.0) - (case.get("compiling") or 0.0) - left
+    timing = limits.seconds + 1 + sum(t if t > limits.slow else 5 * t for t in calls)
+    return max(took, timing) + (COMPILING if (case["contenders"].get(COMPILED) or {}).get("p50") else 0.0)
 
 
 def needs(work: Mapping[str, Sequence[Any]], last: Mapping[str, Any], limits: Limits) -> list[float]:
     """Of each case of `work`, by family."""
     result: list[float] = []
     for name, makers in work.items():
-        records = last.get(name, ())
-        if len(records) == len(makers):
-            result += [need(c, limits) for c in records]
-        else:
-            result += [LONG.get(name, UNKNOWN)] * len(makers)
+        each = [need(c, limits) for c in last.get(name, ())]
+        if len(each) != len(makers):
+            each = [float(np.mean(each)) if each else UNKNOWN * LONG.get(name, 1)] * len(makers)
+        result += each
     return result
 
 
@@ -130,6 +134,9 @@ def main() -> None:
         "--quick", action="store_true", help="few shapes, short measurements: under 2 minutes"
     )
     parser.add_argument("--all", action="store_true", help="leave out no peer, however slow: about an hour")
+    parser.add_argument(
+        "--minutes", type=float, help="for all of it; default: 13, with --quick 1.5, no limit with --all"
+    )
     parser.add_argument("--family", choices=FAMILIES, action="append", help="repeatable; default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where it can be used")
     parser.add_argument("--out", type=Path, help="folder for the results; default: bench/results/<processor>")
@@ -142,15 +149,19 @@ def main() -> None:
         print(f"bench: this machine is busy (load {machine['load']:.1f}); times will be off", file=sys.stderr)
     last = known(out, device)
     limits = QUICK if options.quick else ALL if options.all else FULL
+    if options.minutes is not None:
+        if not options.minutes > 0:
+            parser.error(f"--minutes must be positive, got {options.minutes:g}")
+        limits = limits._replace(minutes=options.minutes)
     work = {
         name: list(FAMILIES[name].cases(device, options.quick))
         for name in dict.fromkeys(options.family or FAMILIES)
     }
     makers = [make for group in work.values() for make in group]
-    needed = needs(work, last, limits)
+    needed = needs(work, {} if options.quick else last, limits)  # --quick has other inputs
     minutes = min(sum(needed) / 60, limits.minutes)
-    most = "no limit" if options.all else f"{15 if limits is FULL else 2} at most"
-    print(f"bench: {len(makers)} cases, about {minutes:.0f} minutes, {most}", flush=True)
+    most = "" if math.isinf(limits.minutes) else f", {limits.minutes:g} at most"
+    print(f"bench: {len(makers)} cases, about {minutes:.1f} minutes{most}", flush=True)
     begin, done, compiling = time.perf_counter(), list[Measurement](), [COMPILING]
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
