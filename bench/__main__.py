@@ -50,7 +50,7 @@ class Limits(NamedTuple):
     """Of one run."""
 
     minutes: float  # for all cases
-    peer: float  # seconds of a peer's call, from the last results, above which it is left out
+    peer: float  # seconds of a peer's call, from the last results, above which it is left out (headlines: 4 times that)
     seconds: float  # of timing for a case
     slow: float  # a call longer than this is made once or twice
 
@@ -80,9 +80,14 @@ def left_out(case: Case, last: Mapping[str, Any], limits: Limits) -> dict[str, t
         if (c["operation"], c["input"]) == (case.operation, case.input):
             for name, timed in c["contenders"].items():
                 about = timed["p50"] or timed.get("about") or 0
-                if about > limits.peer:
+                if about > longest(c, limits) and name != report.PLAIN:
                     reasons[name] = (f"{duration(about)} a call in the last results; --all runs it", about)
     return reasons
+
+
+def longest(case: Mapping[str, Any], limits: Limits) -> float:
+    """Seconds that a peer's call may take."""
+    return limits.peer * (4 if case["headline"] else 1)
 
 
 def need(case: Mapping[str, Any], limits: Limits) -> float:
@@ -90,7 +95,7 @@ def need(case: Mapping[str, Any], limits: Limits) -> float:
     calls, left = [], 0.0
     for name, timed in case["contenders"].items():
         about = timed["p50"] or 0.0
-        if about > limits.peer and name not in (OURS, case.get("oracle")):
+        if about > longest(case, limits) and name not in (OURS, report.PLAIN, case.get("oracle")):
             left += about
         else:
             calls.append(about)

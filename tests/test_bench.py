@@ -399,7 +399,8 @@ def test_a_contender_that_is_too_slow_is_skipped_by_name_and_stays_so():
     from bench import __main__ as suite
 
     case = replace(small(Contender("slow", lambda: lambda: 2 * np.arange(1000.0))), headline=True)
-    last = {"losses": [{"operation": "doubling", "input": "1000", "contenders": {"slow": {"p50": 20.0}}}]}
+    row = {"operation": "doubling", "input": "1000", "headline": True, "contenders": {"slow": {"p50": 20.0}}}
+    last = {"losses": [row]}
     skip = suite.left_out(case, last, suite.FULL)
     assert suite.left_out(case, last, suite.ALL) == {}
     measured = timing.measure(case, 0.01, skip=skip)
@@ -454,6 +455,7 @@ def test_what_a_case_needs_comes_from_the_last_results():
     record = {
         "contenders": {OURS: {"p50": 0.1}, "peer": {"p50": 50.0}, "checks": {"p50": 20.0}},
         "oracle": "checks",
+        "headline": True,
     }
     least = suite.FULL.seconds + 1 + 0.5 + 20
     assert suite.need(record, suite.FULL) == pytest.approx(least)
