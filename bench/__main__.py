@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from noisyseg_fast.timing import COMPILED, OURS, Case, Measurement, duration, measure
+from noisyseg_fast.timing import COMPILED, LATER, OURS, Case, Measurement, duration, measure
 
 from . import report
 
@@ -55,7 +55,7 @@ class Limits(NamedTuple):
     slow: float  # a call longer than this is made once or twice
 
 
-FULL, QUICK = Limits(13, 2.0, 0.8, 2.0), Limits(1.5, 0.5, 0.3, 0.3)
+FULL, QUICK = Limits(13, 2.0, 0.5, 2.0), Limits(1.5, 0.5, 0.2, 0.3)
 ALL = Limits(math.inf, math.inf, 3.0, 8.0)
 COMPILING = 8.0  # seconds that torch.compile takes for a case, until this run knows better,
 NETWORKS = {"U-Net forward-mode pass": 240.0}  # and for whole networks
@@ -81,7 +81,7 @@ def left_out(case: Case, last: Mapping[str, Any], limits: Limits) -> dict[str, t
             for name, timed in c["contenders"].items():
                 about = timed["p50"] or timed.get("about") or 0
                 if about > longest(c, limits) and name != report.PLAIN:
-                    reasons[name] = (f"{duration(about)} a call in the last results; --all runs it", about)
+                    reasons[name] = (f"{duration(about)} a call in the last results; {LATER}", about)
     return reasons
 
 
@@ -91,7 +91,7 @@ def longest(case: Mapping[str, Any], limits: Limits) -> float:
 
 
 def need(case: Mapping[str, Any], limits: Limits) -> float:
-    """Seconds that a case of the last results may take within these limits."""
+    """Seconds that a case of the last results may take within these limits; torch.compile's apart."""
     calls, left = [], 0.0
     for name, timed in case["contenders"].items():
         about = timed["p50"] or 0.0
@@ -100,15 +100,20 @@ def need(case: Mapping[str, Any], limits: Limits) -> float:
         else:
             calls.append(about)
     took = (case.get("took") or 0.0) - (case.get("compiling") or 0.0) - left
-    timing = limits.seconds + 1 + sum(t if t > limits.slow else 5 * t for t in calls)
-    return max(took, timing) + (COMPILING if (case["contenders"].get(COMPILED) or {}).get("p50") else 0.0)
+    return max(took, limits.seconds + 0.5 + sum(t if t > limits.slow else 5 * t for t in calls))
 
 
 def needs(work: Mapping[str, Sequence[Any]], last: Mapping[str, Any], limits: Limits) -> list[float]:
-    """Of each case of `work`, by family."""
+    """Parts of the time, one for each case of `work`, by family: the seconds that it needs, three times as many for a
+    headline, so that these keep their peers where there is not enough for all."""
     result: list[float] = []
     for name, makers in work.items():
-        each = [need(c, limits) for c in last.get(name, ())]
+        each = []
+        for c in last.get(name, ()):
+            timed = c["contenders"].get(COMPILED, {"p50": None, "note": ""})
+            compiles = timed["p50"] or timed["note"].endswith(LATER)
+            compiling = COMPILING if compiles and name != "sweeps" else 0.0  # which share what is compiled
+            each.append((need(c, limits) + compiling) * (3 if c["headline"] else 1))
         if len(each) != len(makers):
             each = [float(np.mean(each)) if each else UNKNOWN * LONG.get(name, 1)] * len(makers)
         result += each
@@ -164,9 +169,8 @@ def main() -> None:
     }
     makers = [make for group in work.values() for make in group]
     needed = needs(work, {} if options.quick else last, limits)  # --quick has other inputs
-    minutes = min(sum(needed) / 60, limits.minutes)
-    most = "" if math.isinf(limits.minutes) else f", {limits.minutes:g} at most"
-    print(f"bench: {len(makers)} cases, about {minutes:.1f} minutes{most}", flush=True)
+    most = "" if math.isinf(limits.minutes) else f" in {limits.minutes:g} minutes at most"
+    print(f"bench: {len(makers)} cases{most}", flush=True)
     begin, done, compiling = time.perf_counter(), list[Measurement](), [COMPILING]
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
@@ -174,7 +178,7 @@ def main() -> None:
 
         def one(case: Case, budget: float) -> None:
             progress.update(task, description=f"{case.operation} {case.input}")
-            usual = NETWORKS.get(case.operation, float(np.median(compiling[-9:])))
+            usual = NETWORKS.get(case.operation, min(compiling[-5:]))  # the first one loads the compiler, too
             skip = left_out(case, last, limits)
             done.append(measure(case, limits.seconds, limits.slow, skip, budget, usual))
             if done[-1].compiling is not None:

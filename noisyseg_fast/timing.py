@@ -20,6 +20,7 @@ import numpy as np
 
 OURS = "ours"
 COMPILED = "torch.compile"
+LATER = "--all runs it"  # ends the note of what was left out for want of time
 COPY = "copy"  # a plain copy that moves as many bytes as the operation must: the floor of its time
 
 Call = Callable[[], Any]
@@ -244,7 +245,7 @@ def measure(
     A call that takes longer than `slow` seconds is made once, and that run counts. skip: contenders to leave out,
     why, and about how many seconds a call of theirs takes; never ours nor the oracle.
     budget: seconds for all of it. Once they are over, no further peer is begun; torch.compile not either unless
-    `compiling` seconds are left for it. A contender of which five calls would take more than an equal share is not run
+    `compiling` seconds are left for it. A peer of which five calls would take more than an equal share is not run
     in turn: its second call counts. So only what had begun, ours and the oracle can take it beyond the budget.
     """
     begin, skip = time.perf_counter(), skip or {}
@@ -261,9 +262,9 @@ def measure(
             if name in skip and name not in (OURS, case.oracle):
                 raise Skipped(skip[name][0])
             if start > end and name not in order:
-                raise Skipped("no time left in this run; --all runs it")
+                raise Skipped(f"no time left in this run; {LATER}")
             if name == COMPILED and start + compiling > end:
-                raise Skipped("no time left to compile; --all runs it")
+                raise Skipped(f"no time left to compile; {LATER}")
             call = contender.make()
             answer, cost[name], extra = _first(call, case.device)
             if name == COMPILED:
@@ -291,7 +292,7 @@ def measure(
         except Exception as failure:  # a peer's failure is a result too
             result.timings[name] = Timing("failed", _why(failure))
     once = min(slow, budget / (5 * len(contenders)))
-    times = {name: [cost[name]] for name in calls if cost[name] >= once}
+    times = {n: [cost[n]] for n in calls if cost[n] >= (slow if n == OURS else once)}
     seconds = max(min(seconds, end - time.perf_counter()), 0.0)
     times |= _alternate({n: c for n, c in calls.items() if n not in times}, cost, seconds, case.device)
     for name, of_name in times.items():
