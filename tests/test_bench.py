@@ -417,10 +417,11 @@ def test_a_case_without_time_left_begins_no_further_peer():
     def compile_it():
         raise AssertionError("begun without time for it")
 
-    peers = [Contender("first", lambda: slow), Contender("second", lambda: slow)]
+    peers = [Contender("first", lambda: slow), Contender("second", lambda: slow), Contender("gone", missing)]
     case = small(Contender(timing.COMPILED, compile_it), *peers)
     measured = timing.measure(case, 1.0, budget=0.07, compiling=30.0).timings
     assert [measured[n].state for n in (OURS, COPY, "first", "second")] == ["ok", "ok", "ok", "skipped"]
+    assert measured["gone"].state == "missing"  # whether or not there is time
     assert measured["first"].runs == 1 and "no time left" in measured["second"].note
     assert "no time left to compile" in measured[timing.COMPILED].note
 
