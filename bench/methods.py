@@ -80,7 +80,7 @@ def _step(name: str, options: Mapping[str, Any], device: str, plain: bool = Fals
             optimizer.step()
             method.after_step(STEP)
         slopes = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
-        return [x.detach() for x in losses.values()], slopes[0]
+        return [x.detach() for x in losses.values()], slopes[0].clone()
 
     return call
 

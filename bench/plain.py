@@ -114,9 +114,9 @@ def pixel_meta_gradient(
     if not isinstance(update, float):
         raise TypeError("only plain SGD is unrolled here")
     weights, clean = meta.unrolled(net, x, y, R, x_clean, y_clean, update, loss_map)
-    slope = torch.autograd.grad(clean, weights)[0] if R is None else None
+    slope = torch.autograd.grad(clean, weights)[0]
     result = MetaGradient(slope, loss_map(net(x), y) if keep_graph else None, clean.detach())
-    result.R, result.objective = weights, None if R is None else clean
+    result.R, result.objective = weights, None if R is None else (weights * slope).sum()
     return result
 
 

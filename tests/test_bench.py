@@ -181,6 +181,10 @@ def test_steps_without_us_call_no_kernel_and_give_the_same(small_steps, monkeypa
         assert losses[0] > 0.01 and slope.abs().max() > 1e-6, case.operation
         found = case.contenders[0].make()()
         assert timing.relative_error(found, answer) < case.tolerance, case.operation
+    mcpm = timing.measure(next(case for case in cases if "mcpm" in case.operation), 0.01)
+    assert {timed.state for timed in mcpm.timings.values()} == {
+        "ok"
+    }  # later steps leave the first answer alone
 
 
 def test_labels_without_us_call_no_kernel_and_are_the_same(small_steps, monkeypatch):
