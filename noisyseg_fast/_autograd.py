@@ -136,6 +136,18 @@ def refuse_transforms() -> None:
 # ---- eager ----------------------------------------------------------------------------------------
 
 
+def _of_values(function: Callable[..., Any]) -> Callable[..., Any]:
+    """backward or jvp, given tensors whose memory holds their values: PyTorch may pass lazily negated ones, and zeros
+    that have no memory."""
+
+    def values(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if x._is_zerotensor() else x.resolve_neg()
+
+    return lambda ctx, *grads: function(ctx, *map(values, grads))
+
+
 class _Function(torch.autograd.Function):
     """A Function whose `call` takes the old style of forward, with ctx, where no transform of torch.func is
     active: the new style binds its arguments by their signature, which costs 80 us a call."""
@@ -144,6 +156,9 @@ class _Function(torch.autograd.Function):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for name in ("backward", "jvp"):
+            if name in cls.__dict__:
+                setattr(cls, name, staticmethod(_of_values(cls.__dict__[name].__func__)))
 
         def forward(ctx: Any, *args: Any) -> Any:
             output = cls.forward(*args)
@@ -193,6 +208,7 @@ class _Eager(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @_of_values
     def backward(ctx: Any, grad_loss: Any) -> Any:
         arrays = ctx.saved_tensors
         plan, sums, kept = ctx.rest

@@ -10,6 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import _arrays, distance
+from ._autograd import _of_values
 
 Tensor = torch.Tensor
 
@@ -36,6 +37,7 @@ class _SampledDistance(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @_of_values
     @once_differentiable
     def backward(ctx: Any, grad: Any, _: Any) -> Any:
         if grad is None:

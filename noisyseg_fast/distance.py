@@ -124,6 +124,10 @@ def signed_distance_map(
         raise ValueError(f"num_classes must be a positive integer or None, got {num_classes!r}")
     mask, space, dims = _check(mask, spatial_dims, num_classes is not None)
     shape = tuple(mask.shape)
+    if num_classes is not None and len(shape) == _arrays.MAX_RANK:  # the result has one more
+        raise ValueError(
+            f"mask has {len(shape)} dimensions; with num_classes at most {len(shape) - 1} are supported"
+        )
     batch = shape[: len(shape) - dims]
     sizes = _spacings(spacing, dims, batch)
     classes = () if num_classes is None else (num_classes,)

@@ -185,6 +185,7 @@ class _Options:
             return False
         return (
             x is not None
+            and x.dim() <= _arrays.MAX_RANK
             and x.device.type in ("cpu", "cuda")
             and x.numel() > 0
             and all(

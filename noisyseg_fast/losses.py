@@ -98,7 +98,7 @@ def nr_dice_loss(
     reduction: "mean" over images and classes, "sum", "image" (mean over classes), or "none": (B, C'), or (C',)
     with per_image=False. An image with every pixel masked has loss 0, an empty batch too. The rest: module.
 
-    Extra memory: 0 bytes per pixel, with return_grad as much as logits.
+    Extra memory: 0 bytes per pixel, with return_grad or a backward pass as much as logits.
 
     >>> loss = nr_dice_loss(logits, labels)          # (B, 1, H, W) float, (B, H, W) uint8
     >>> loss.backward()
@@ -132,7 +132,7 @@ def dice_loss(
     denominator="squared": Milletari et al. 2016 (Wang et al. eq. 1); "linear": sum p + sum g, Soerensen,
     equal to MONAI's DiceLoss(sigmoid=True, smooth_nr=eps, smooth_dr=eps). The rest as in `nr_dice_loss`.
 
-    Extra memory: 0 bytes per pixel, with return_grad as much as logits.
+    Extra memory: 0 bytes per pixel, with return_grad or a backward pass as much as logits.
     """
     options = _region_options(
         "dice", activation, denominator, per_image, include_background, label_smoothing, eps
@@ -162,7 +162,7 @@ def focal_dice_loss(
     beta > 0; PyMIC's `FocalDiceLoss` asks for beta >= 1, denominator="linear", softmax and per_image=False. A
     Dice of exactly 0 (eps = 0, no overlap) has slope 0. The rest as in `nr_dice_loss`.
 
-    Extra memory: 0 bytes per pixel, with return_grad as much as logits.
+    Extra memory: 0 bytes per pixel, with return_grad or a backward pass as much as logits.
     """
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta must be positive, got {beta}")
@@ -205,7 +205,7 @@ def generalized_dice_loss(
     every v is 1, where MONAI has 0 and no gradient. reduction="none": (B,), or () with per_image=False. No
     gradient flows through v, since it depends on the target alone. The rest as in `nr_dice_loss`.
 
-    Extra memory: 0 bytes per pixel, with return_grad as much as logits.
+    Extra memory: 0 bytes per pixel, with return_grad or a backward pass as much as logits.
     """
     options = _region_options(
         "generalized_dice",
@@ -258,7 +258,8 @@ def pixel_loss(
     not normalise, as in MCPM eq. 1. "image" the same for each image. "none" gives the loss map (B, *S),
     weighted. The rest: module.
 
-    Extra memory: 0 bytes per pixel (the map's with reduction="none"), with return_grad as much as logits.
+    Extra memory: 0 bytes per pixel (the map's with reduction="none"), with return_grad or a backward pass
+    as much as logits.
 
     >>> loss_map = pixel_loss(logits, labels, kind="gce", q=0.7, reduction="none")
     """
@@ -292,7 +293,7 @@ def dice_ce_loss(
     The plain sum is Wang et al., TMI 2020, Table I; UA-MT, DTML and SSL4MIS take 0.5 of each. class_weight and
     include_background=False concern one part alone: CE and Dice. reduction: "mean", "sum" or "image".
 
-    Extra memory: 0 bytes per pixel, with return_grad as much as logits.
+    Extra memory: 0 bytes per pixel, with return_grad or a backward pass as much as logits.
     """
     return _dice_and(
         "ce",
@@ -327,7 +328,7 @@ def dice_mae_loss(
 ) -> Any:
     """dice_weight * `dice_loss` + mae_weight * `pixel_loss(kind="mae")` from one reading; see `dice_ce_loss`.
 
-    Extra memory: 0 bytes per pixel, with return_grad as much as logits.
+    Extra memory: 0 bytes per pixel, with return_grad or a backward pass as much as logits.
     """
     return _dice_and(
         "mae",
@@ -358,7 +359,8 @@ def boundary_loss(
     `signed_distance_map(masks, convention="kervadec")`. With one channel also (B, *S). include_background=False
     leaves channel 0 out, of the mean too. weight, mask, reduction ("none": the map (B, *S)): as `pixel_loss`.
 
-    Extra memory: 0 bytes per pixel (the map's with reduction="none"), with return_grad as much as logits.
+    Extra memory: 0 bytes per pixel (the map's with reduction="none"), with return_grad or a backward pass
+    as much as logits.
     """
     options = Options(_index("activation", activation, ACTIVATIONS), pixel=PIXEL_KINDS.index("boundary"))
     _arrays.given(logits=logits, distance_map=distance_map)
@@ -392,7 +394,8 @@ def consistency_loss(
     al., TMI 2020, eq. 4) or "kl" (sum over classes of t ln(t / p), t the teacher's); definitions and the other
     arguments as in `pixel_loss`. UA-MT's certainty mask goes to mask, and the mean is then over its pixels.
 
-    Extra memory: 0 bytes per pixel (the map's with reduction="none"), with return_grad as much as logits.
+    Extra memory: 0 bytes per pixel (the map's with reduction="none"), with return_grad or a backward pass
+    as much as logits.
     """
     if kind not in ("mse", "mae", "kl"):
         raise ValueError(f"kind must be one of mse, mae, kl, got {kind!r}")

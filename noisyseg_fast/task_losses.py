@@ -84,7 +84,7 @@ def uncertainty_weighted_loss(
     routed to different heads, as in `(terms.total * high).sum() / high.sum().clamp(min=1)`. return_grad=True gives
     (terms, gradients of total.sum() with respect to logits and to uncertainty) at once, outside autograd.
 
-    Extra memory: 0 bytes per pixel, with return_grad as much as logits and uncertainty.
+    Extra memory: 0 bytes per pixel, with return_grad or a backward pass as much as logits and uncertainty.
 
     >>> terms = uncertainty_weighted_loss(logits, annotations, uncertainty)   # (B, 1, H, W), twice (B, 4, H, W)
     >>> terms.total.backward()
@@ -146,7 +146,7 @@ def dual_task_loss(
     return_grad=True gives (terms, gradients with respect to logits and to sdf) at once, outside autograd: of the sum
     of the terms times grad_weights.
 
-    Extra memory: 0 bytes per pixel, with return_grad as much as logits and sdf.
+    Extra memory: 0 bytes per pixel, with return_grad or a backward pass as much as logits and sdf.
 
     >>> seg, mask, consistency = dual_task_loss(logits, sdf, labels, labelled=2)
     >>> (seg + mask + 0.1 * consistency).backward()

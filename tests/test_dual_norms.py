@@ -624,3 +624,10 @@ def test_errors(error, says, action):
 def test_an_empty_batch_is_torchs_business():
     x = torch.zeros(0, 4, 3, 3)
     assert norm_act(x, slope=0.0).shape == x.shape
+
+
+def test_more_axes_than_the_kernels_know():
+    x = torch.randn(2, 4, 2, 3, 1, 1, 1, 1, 1)
+    torch.testing.assert_close(
+        norm_act(x, norm="group", groups=2), norm_act(x.flatten(2), norm="group", groups=2).view_as(x)
+    )

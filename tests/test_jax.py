@@ -1,6 +1,6 @@
 """JAX arrays, the library that DLPack is most wanted for: every operation of docs/arrays.md's table, on the CPU.
 
-JAX is in none of the package's extras; where it is missing, tests/test_arrays.py has stand-ins for it.
+JAX comes with the `dev` extra; where it is missing, tests/test_arrays.py has stand-ins for it.
 """
 
 from __future__ import annotations

@@ -874,6 +874,22 @@ def test_second_backward(name: str) -> None:
     assert torch.equal(first, saved)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", FAMILY)
+def test_backward_of_a_gradient_whose_memory_is_not_its_value(name: str, create_graph: bool) -> None:
+    """Lazily negated, as through the imaginary part of a conjugate, or a zero without memory."""
+    logits, target = example((5, 7), 2)
+    z = logits.float().requires_grad_()
+    (grad,) = torch.autograd.grad(ours(name)(z, target), z)
+    for value, tensor in (
+        (-1.0, torch._neg_view(torch.tensor(1.0))),
+        (1.0, torch._neg_view(torch.tensor(-1.0))),
+        (0.0, torch._efficientzerotensor(())),
+    ):
+        (found,) = torch.autograd.grad(ours(name)(z, target), z, tensor, create_graph=create_graph)
+        torch.testing.assert_close(found, value * grad, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize("classes", [1, 2])
 def test_second_derivatives_at_zero_logits(name: str, classes: int) -> None:
