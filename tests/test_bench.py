@@ -94,7 +94,11 @@ def test_results_are_written(tmp_path):
     report.write(tmp_path, machine, [measured])
     saved = json.loads((tmp_path / "losses.json").read_text())
     assert saved["cases"][0]["contenders"]["gone"]["state"] == "missing"
-    assert "missing" in (tmp_path / "results.md").read_text()
+    text = (tmp_path / "results.md").read_text()
+    assert "missing" in text and "| memory |" in text and "| launches |" not in text
+    measured.timings[OURS].launches = 3  # a GPU's
+    report.write(tmp_path, machine, [measured])
+    assert "| launches | gone |" in (tmp_path / "results.md").read_text()
     assert report.slug("AMD EPYC(TM) 7763") == "amd-epyc-7763"
 
 
