@@ -1,9 +1,10 @@
 """Every operation against its peers on this machine: python -m bench
 
 Writes a JSON file for each family, results.md and speedups.png. On the CPU unless a CUDA device is found and our
-build has its kernels (or --device says otherwise). A full run is to end within 15 minutes on 2 cores, --quick within 2:
-a peer whose call took longer than a limit in this machine's last results is left out, and the tables say so (--all runs
-it), and so is torch.compile once its share of the time is used up.
+build has its kernels (or --device says otherwise). A full run ends within 15 minutes, --quick within 2: the time that
+is left is divided over the cases that are left, by what they took in the last results, and a case begins no further
+peer once its part is over (`timing.measure`). A peer whose call took longer than a limit in the last results is left
+out from the start. The tables name whatever is left out, with the reason; --all runs it.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import importlib
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from noisyseg_fast.timing import COMPILED, Case, duration, measure
+from noisyseg_fast.timing import COMPILED, LATER, OURS, Case, Measurement, duration, measure
 
 from . import report
 
@@ -48,13 +50,17 @@ class Limits(NamedTuple):
     """Of one run."""
 
     minutes: float  # for all cases
-    peer: float  # seconds of a peer's call, from the last results, above which it is left out
+    peer: float  # seconds of a peer's call, from the last results, above which it is left out (headlines: 4 times that)
     seconds: float  # of timing for a case
-    slow: float  # a call longer than this is made once
+    slow: float  # a call longer than this is made once or twice
 
 
-FULL, QUICK = Limits(12, 2.0, 0.8, 2.0), Limits(1.4, 0.5, 0.3, 0.3)
+FULL, QUICK = Limits(13, 2.0, 0.5, 2.0), Limits(1.5, 0.5, 0.2, 0.3)
 ALL = Limits(math.inf, math.inf, 3.0, 8.0)
+COMPILING = 8.0  # seconds that torch.compile takes for a case, until this run knows better,
+NETWORKS = {"U-Net forward-mode pass": 240.0}  # and for whole networks
+UNKNOWN = 2.0  # seconds of a case of which there are no results,
+LONG = {"losses": 10, "meta": 3, "steps": 4, "validation": 12}  # and how many times that in some families
 
 
 def known(out: Path, device: str) -> dict[str, list[dict[str, Any]]]:
@@ -67,28 +73,69 @@ def known(out: Path, device: str) -> dict[str, list[dict[str, Any]]]:
     return {}
 
 
-def left_out(case: Case, last: Mapping[str, Any], limits: Limits, late: bool) -> dict[str, tuple[str, float]]:
-    """Contenders without a place in this run: why, and about how many seconds a call takes."""
-    reasons = {COMPILED: ("no time left to compile; --all runs it", 0.0)} if late else {}
+def left_out(case: Case, last: Mapping[str, Any], limits: Limits) -> dict[str, tuple[str, float]]:
+    """Contenders that are too slow for this run: why, and about how many seconds a call takes."""
+    reasons = {}
     for c in last.get(case.family, ()):
         if (c["operation"], c["input"]) == (case.operation, case.input):
             for name, timed in c["contenders"].items():
                 about = timed["p50"] or timed.get("about") or 0
-                if about > limits.peer:
-                    reasons[name] = (f"{duration(about)} a call in the last results; --all runs it", about)
+                if about > longest(c, limits) and name != report.PLAIN:
+                    reasons[name] = (f"{duration(about)} a call in the last results; {LATER}", about)
     return reasons
 
 
-def expected(cases: Sequence[Mapping[str, Any]], limits: Limits) -> float:
-    """Seconds that a family took last, or may take, within these limits."""
-    total = 0.0
-    for c in cases:
-        calls = [t["p50"] or 0 for t in c["contenders"].values()]
-        compiling = 8.0 if (c["contenders"].get(COMPILED) or {}).get("p50") else 0.0
-        total += c.get("took") or limits.seconds + 1 + compiling + 2 * sum(
-            t for t in calls if t <= limits.peer
-        )
-    return total
+def longest(case: Mapping[str, Any], limits: Limits) -> float:
+    """Seconds that a peer's call may take."""
+    return limits.peer * (4 if case["headline"] else 1)
+
+
+def need(case: Mapping[str, Any], limits: Limits) -> float:
+    """Seconds that a case of the last results may take within these limits; torch.compile's apart."""
+    calls, left = [], 0.0
+    for name, timed in case["contenders"].items():
+        about = timed["p50"] or 0.0
+        if about > longest(case, limits) and name not in (OURS, report.PLAIN, case.get("oracle")):
+            left += about
+        else:
+            calls.append(about)
+    took = (case.get("took") or 0.0) - (case.get("compiling") or 0.0) - left
+    return max(took, limits.seconds + 0.5 + sum(t if t > limits.slow else 5 * t for t in calls))
+
+
+def needs(work: Mapping[str, Sequence[Any]], last: Mapping[str, Any], limits: Limits) -> list[float]:
+    """Parts of the time, one for each case of `work`, by family: the seconds that it needs, three times as many for a
+    headline, so that these keep their peers where there is not enough for all."""
+    result: list[float] = []
+    for name, makers in work.items():
+        each = []
+        for c in last.get(name, ()):
+            timed = c["contenders"].get(COMPILED, {"p50": None, "note": ""})
+            compiles = timed["p50"] or timed["note"].endswith(LATER)
+            compiling = COMPILING if compiles and name != "sweeps" else 0.0  # which share what is compiled
+            each.append((need(c, limits) + compiling) * (3 if c["headline"] else 1))
+        if len(each) != len(makers):
+            each = [float(np.mean(each)) if each else UNKNOWN * LONG.get(name, 1)] * len(makers)
+        result += each
+    return result
+
+
+def run(
+    makers: Sequence[Callable[[], Case]],
+    needed: Sequence[float],
+    seconds: float,
+    one: Callable[[Case, float], object],
+    clock: Callable[[], float] = time.perf_counter,
+) -> int:
+    """Call one(case, its seconds) for each case: of the time that is left its part, by `needed`, of the cases that are
+    left. Returns how many cases there was time for: those after that are not begun."""
+    end = clock() + seconds
+    for i, make in enumerate(makers):
+        left = end - clock()
+        if left <= 0:
+            return i
+        one(make(), left if math.isinf(left) else left * needed[i] / sum(needed[i:]))
+    return len(makers)
 
 
 def main() -> None:
@@ -97,6 +144,9 @@ def main() -> None:
         "--quick", action="store_true", help="few shapes, short measurements: under 2 minutes"
     )
     parser.add_argument("--all", action="store_true", help="leave out no peer, however slow: about an hour")
+    parser.add_argument(
+        "--minutes", type=float, help="for all of it; default: 13, with --quick 1.5, no limit with --all"
+    )
     parser.add_argument("--family", choices=FAMILIES, action="append", help="repeatable; default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where it can be used")
     parser.add_argument("--out", type=Path, help="folder for the results; default: bench/results/<processor>")
@@ -109,36 +159,37 @@ def main() -> None:
         print(f"bench: this machine is busy (load {machine['load']:.1f}); times will be off", file=sys.stderr)
     last = known(out, device)
     limits = QUICK if options.quick else ALL if options.all else FULL
+    if options.minutes is not None:
+        if not options.minutes > 0:
+            parser.error(f"--minutes must be positive, got {options.minutes:g}")
+        limits = limits._replace(minutes=options.minutes)
     work = {
         name: list(FAMILIES[name].cases(device, options.quick))
         for name in dict.fromkeys(options.family or FAMILIES)
     }
-    count = sum(map(len, work.values()))
-    likely = {name: 4.0 * len(makers) for name, makers in work.items()}
-    if not options.quick:
-        likely |= {name: expected(last[name], limits) for name in work if name in last}
-    minutes = min(sum(likely.values()) / 60, limits.minutes)
-    most = "no limit" if options.all else f"{15 if limits is FULL else 2} at most"
-    print(f"bench: {count} cases, about {minutes:.0f} minutes by the last results, {most}", flush=True)
-    begin, scale = time.perf_counter(), limits.minutes * 60 / sum(likely.values())
-    plan = [  # each case with the time by which it should be done, if the families share all of it as they need it
-        (make, scale * (sum(list(likely.values())[:f]) + likely[name] * (i + 1) / len(makers)))
-        for f, (name, makers) in enumerate(work.items())
-        for i, make in enumerate(makers)
-    ]
-    done = []
+    makers = [make for group in work.values() for make in group]
+    needed = needs(work, {} if options.quick else last, limits)  # --quick has other inputs
+    most = "" if math.isinf(limits.minutes) else f" in {limits.minutes:g} minutes at most"
+    print(f"bench: {len(makers)} cases{most}", flush=True)
+    begin, done, compiling = time.perf_counter(), list[Measurement](), [COMPILING]
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=count)
-        for make, by in plan:
-            case = make()
+        task = progress.add_task("measuring", total=len(makers))
+
+        def one(case: Case, budget: float) -> None:
             progress.update(task, description=f"{case.operation} {case.input}")
-            late = time.perf_counter() - begin > by
-            skip = left_out(case, last, limits, late)
-            done.append(measure(case, limits.seconds / (3 if late else 1), limits.slow, skip))
-            del case
+            usual = NETWORKS.get(case.operation, min(compiling[-5:]))  # the first one loads the compiler, too
+            skip = left_out(case, last, limits)
+            done.append(measure(case, limits.seconds, limits.slow, skip, budget, usual))
+            if done[-1].compiling is not None:
+                compiling.append(done[-1].compiling)
             console.print(report.table(done[-1]))
             progress.advance(task)
+
+        begun = run(makers, needed, limits.minutes * 60, one)
+    if begun < len(makers):
+        families = [name for name, group in work.items() for _ in group][begun:]
+        print(f"bench: no time for {len(families)} cases of {', '.join(dict.fromkeys(families))}")
     report.write(out, machine, done)
     took = time.perf_counter() - begin
     absent = sorted({f"{n} ({t.note})" for m in done for n, t in m.timings.items() if t.state == "missing"})

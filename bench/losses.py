@@ -15,6 +15,7 @@ from noisyseg_fast.timing import (
     loss_contenders,
     nr_dice_case,
     random_logits,
+    torch_nr_dice_of,
     value_and_grad,
     weighted_ce_case,
 )
@@ -45,87 +46,220 @@ def cases(device: str, quick: bool) -> Iterator[Callable[[], Case]]:
 
 
 # ---- each loss as one writes it in PyTorch --------------------------------------------------------
+# logits (B, C, *S), target (B, *S) labels or (B, C, *S); options are named as ours, and cost nothing where they are not
+# used. activation None: sigmoid for one channel.
 
 
-def _binary(logits: Any, target: Any) -> tuple[Any, Any]:
-    return logits.sigmoid(), target.unsqueeze(1).to(logits.dtype)
+def kept(target: Any, mask: Any, ignore_index: int | None) -> Any:
+    """The pixels (B, *S) bool that count; None: all."""
+    if ignore_index is None or target.is_floating_point():
+        return mask
+    labelled = target != ignore_index
+    return labelled if mask is None else mask & labelled
 
 
-def _dice(p: Any, g: Any, power: float = 1.0) -> Any:
-    overlap, total = (2 * p * g).flatten(2).sum(2), (p + g).flatten(2).sum(2)
-    return (1 - ((overlap + 1e-5) / (total + 1e-5)) ** power).mean()
-
-
-def _one_hot(logits: Any, target: Any) -> tuple[Any, Any]:
+def maps(logits: Any, target: Any, activation: str | None = None, keep: Any = None) -> tuple[Any, Any]:
+    """Probabilities and the target's, (B, C, *S) each."""
     from torch.nn.functional import one_hot
 
-    return logits.softmax(1), one_hot(target.long(), logits.shape[1]).movedim(-1, 1).to(logits.dtype)
+    channels = logits.shape[1]
+    p = logits.sigmoid() if _by_sigmoid(logits, activation) else logits.softmax(1)
+    if target.shape == logits.shape:
+        g = target
+    else:
+        labels = target if keep is None else target.masked_fill(~keep, 0)
+        g = labels.unsqueeze(1) if channels == 1 else one_hot(labels.long(), channels).movedim(-1, 1)
+    return p, g.to(p.dtype)
 
 
-def dice(logits: Any, target: Any) -> Any:
-    return _dice(*_binary(logits, target))
+def _by_sigmoid(logits: Any, activation: str | None) -> bool:
+    return logits.shape[1] == 1 if activation is None else activation == "sigmoid"
 
 
-def focal_dice(logits: Any, target: Any) -> Any:
-    return _dice(*_binary(logits, target), power=2.0)
+def _product(weight: Any, keep: Any) -> Any:
+    return keep if weight is None else weight if keep is None else weight * keep
 
 
-def generalized_dice(logits: Any, target: Any) -> Any:
-    p, g = _one_hot(logits, target)
-    volume = g.flatten(2).sum(2)
-    v = 1 / volume.clamp_min(1) ** 2
-    overlap, total = (2 * p * g).flatten(2).sum(2), (p + g).flatten(2).sum(2)
-    return (1 - ((v * overlap).sum(1) + 1e-5) / ((v * total).sum(1) + 1e-5)).mean()
+def _region(
+    terms: Callable[..., Any],
+    logits: Any,
+    target: Any,
+    *,
+    activation: str | None = None,
+    include_background: bool = True,
+    per_image: bool = True,
+    weight: Any = None,
+    mask: Any = None,
+    ignore_index: int | None = None,
+    reduction: str = "mean",
+    of: Any = None,
+    **options: Any,
+) -> Any:
+    """The mean of terms(p, g, total), (B, C), over classes and images or ("image") over classes; total(x) sums maps
+    over the pixels that count. of: p and g, where they are there already."""
+    keep = kept(target, mask, ignore_index)
+    p, g = of or maps(logits, target, activation, keep)
+    w = _product(weight, keep)
+
+    def total(x: Any) -> Any:
+        sums = (x if w is None else w.unsqueeze(1) * x).flatten(2).sum(2)
+        sums = sums if per_image else sums.sum(0)
+        return sums if include_background else sums[..., 1:]
+
+    each = terms(p, g, total, **options)
+    return each.mean() if reduction == "mean" else each.mean(1)
 
 
-def dice_ce(logits: Any, target: Any) -> Any:
-    from torch.nn.functional import cross_entropy
-
-    return _dice(*_one_hot(logits, target)) + cross_entropy(logits, target.long())
-
-
-def dice_mae(logits: Any, target: Any) -> Any:
-    p, g = _one_hot(logits, target)
-    return _dice(p, g) + (p - g).abs().mean()
+def _dice(p: Any, g: Any, total: Callable[..., Any], denominator: str = "squared", beta: float = 1.0) -> Any:
+    overlap, size = total(2 * p * g), total(p + g if denominator == "linear" else p**2 + g**2)
+    return 1 - ((overlap + 1e-5) / (size + 1e-5)) ** (1 / beta)
 
 
-def focal(logits: Any, target: Any) -> Any:
-    from torch.nn.functional import cross_entropy
-
-    ce = cross_entropy(logits, target.long(), reduction="none")
-    return ((1 - (-ce).exp()) ** 2 * ce).mean()
+def _nr_dice(p: Any, g: Any, total: Callable[..., Any], **options: Any) -> Any:
+    return torch_nr_dice_of(p, g, total, **options)
 
 
-def gce(logits: Any, target: Any) -> Any:
-    p = logits.softmax(1).gather(1, target.long().unsqueeze(1))
-    return ((1 - p**0.7) / 0.7).mean()
+def _generalized_dice(p: Any, g: Any, total: Callable[..., Any], denominator: str = "linear") -> Any:
+    v = 1 / total(g).clamp_min(1) ** 2
+    overlap, size = total(2 * p * g), total(p + g)
+    return 1 - ((v * overlap).sum(1, keepdim=True) + 1e-5) / ((v * size).sum(1, keepdim=True) + 1e-5)
 
 
-def mae(logits: Any, target: Any) -> Any:
-    p, g = _one_hot(logits, target)
-    return (p - g).abs().mean()
+dice = focal_dice = partial(_region, _dice)
+nr_dice = partial(_region, _nr_dice)
+generalized_dice = partial(_region, _generalized_dice)
 
 
-def boundary(logits: Any, distance_map: Any) -> Any:
-    return (logits.sigmoid() * distance_map).mean()
+def pixel(
+    logits: Any,
+    target: Any,
+    *,
+    kind: str = "ce",
+    activation: str | None = None,
+    weight: Any = None,
+    mask: Any = None,
+    ignore_index: int | None = None,
+    q: float = 0.7,
+    focal_gamma: float = 2.0,
+    reduction: str = "mean",
+    of: Any = None,
+) -> Any:
+    """The mean over the pixels that count, of all or ("image") of each image, or ("none") the loss map (B, *S)."""
+    from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+    keep, sigmoid = kept(target, mask, ignore_index), _by_sigmoid(logits, activation)
+    if kind in ("ce", "focal"):
+        if sigmoid:
+            g = target if keep is None or target.shape == logits.shape else target.masked_fill(~keep, 0)
+            each = binary_cross_entropy_with_logits(
+                logits, g.reshape(logits.shape).to(logits.dtype), reduction="none"
+            )
+        else:
+            y = target if target.shape == logits.shape else target.long()
+            ignored = -100 if ignore_index is None else ignore_index
+            each = cross_entropy(logits, y, reduction="none", ignore_index=ignored)
+        if kind == "focal":
+            each = (1 - (-each).exp()) ** focal_gamma * each
+    elif kind == "gce":
+        if sigmoid:
+            p, g = of or maps(logits, target, activation, keep)
+            p = p * g + (1 - p) * (1 - g)
+        else:
+            y = target.long() if keep is None else target.long().masked_fill(~keep, 0)
+            p = logits.softmax(1).gather(1, y.unsqueeze(1))
+        each = (1 - p**q) / q
+    else:
+        p, g = of or maps(logits, target, activation, keep)
+        each = p * g if kind == "boundary" else (p - g).abs() if kind == "mae" else (p - g) ** 2
+    w = _product(weight, keep)
+    if w is None and reduction == "mean":
+        return each.mean()
+    if each.ndim == logits.ndim:
+        each = each.squeeze(1) if each.shape[1] == 1 else each.mean(1)
+    if w is not None:
+        each = w * each
+    if reduction == "none":
+        return each
+    if reduction == "image":
+        return each.flatten(1).mean(1) if keep is None else each.flatten(1).sum(1) / keep.flatten(1).sum(1)
+    return each.mean() if keep is None else each.sum() / keep.sum()
 
 
-def consistency(logits: Any, target_logits: Any) -> Any:
-    return ((logits.softmax(1) - target_logits.softmax(1)) ** 2).mean()
+def _with_dice(
+    kind: str, logits: Any, target: Any, *, weights: tuple[float, float], parts: Any, **options: Any
+) -> Any:
+    """weights: of Dice and of the pixel loss; parts: options of Dice alone."""
+    return weights[0] * dice(logits, target, **parts, **options) + weights[1] * pixel(
+        logits, target, kind=kind, **options
+    )
 
 
-# Name: our function, its options, the plain one, the shape of the logits.
+def dice_ce(
+    logits: Any,
+    target: Any,
+    *,
+    dice_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    denominator: str = "squared",
+    include_background: bool = True,
+    **options: Any,
+) -> Any:
+    parts = {"denominator": denominator, "include_background": include_background}
+    return _with_dice("ce", logits, target, weights=(dice_weight, ce_weight), parts=parts, **options)
+
+
+def dice_mae(
+    logits: Any,
+    target: Any,
+    *,
+    dice_weight: float = 1.0,
+    mae_weight: float = 1.0,
+    denominator: str = "squared",
+    include_background: bool = True,
+    activation: str | None = None,
+    mask: Any = None,
+    ignore_index: int | None = None,
+    **options: Any,
+) -> Any:
+    options |= {"activation": activation, "mask": mask, "ignore_index": ignore_index}
+    options["of"] = maps(logits, target, activation, kept(target, mask, ignore_index))
+    parts = {"denominator": denominator, "include_background": include_background}
+    return _with_dice("mae", logits, target, weights=(dice_weight, mae_weight), parts=parts, **options)
+
+
+def boundary(
+    logits: Any,
+    distance_map: Any,
+    *,
+    activation: str | None = None,
+    include_background: bool = True,
+    **options: Any,
+) -> Any:
+    first = int(not include_background)
+    both = [x[:, first:] for x in maps(logits, distance_map, activation)]
+    return pixel(logits, distance_map, kind="boundary", of=both, **options)
+
+
+def consistency(
+    logits: Any, target_logits: Any, *, kind: str = "mse", activation: str | None = None, **options: Any
+) -> Any:
+    one = _by_sigmoid(logits, activation)
+    both = [z.sigmoid() if one else z.softmax(1) for z in (logits, target_logits)]
+    return pixel(logits, target_logits, kind=kind, of=both, **options)
+
+
+# Name: our function, options of both, the plain one, the shape of the logits.
 VOLUME, CLASSES = (4, 1, 112, 112, 80), (4, 4, 112, 112, 20)
 LOSSES: dict[str, tuple[str, dict[str, Any], Callable[..., Any], tuple[int, ...]]] = {
     "Dice": ("dice_loss", {"denominator": "linear"}, dice, VOLUME),
-    "focal Dice": ("focal_dice_loss", {"denominator": "linear"}, focal_dice, VOLUME),
+    "focal Dice": ("focal_dice_loss", {"denominator": "linear", "beta": 0.5}, focal_dice, VOLUME),
     "boundary loss": ("boundary_loss", {}, boundary, VOLUME),
     "generalized Dice": ("generalized_dice_loss", {}, generalized_dice, CLASSES),
     "Dice + CE": ("dice_ce_loss", {"denominator": "linear"}, dice_ce, CLASSES),
     "Dice + MAE": ("dice_mae_loss", {"denominator": "linear"}, dice_mae, CLASSES),
-    "focal": ("pixel_loss", {"kind": "focal"}, focal, CLASSES),
-    "GCE": ("pixel_loss", {"kind": "gce"}, gce, CLASSES),
-    "MAE": ("pixel_loss", {"kind": "mae"}, mae, CLASSES),
+    "focal": ("pixel_loss", {"kind": "focal"}, pixel, CLASSES),
+    "GCE": ("pixel_loss", {"kind": "gce"}, pixel, CLASSES),
+    "MAE": ("pixel_loss", {"kind": "mae"}, pixel, CLASSES),
     "consistency, MSE": ("consistency_loss", {}, consistency, CLASSES),
 }
 # MONAI's class, its options, and the factor between its mean and ours
@@ -152,7 +286,12 @@ def loss_case(name: str, device: str) -> Case:
     elif shape[1] > 1:
         target = torch.randint(0, shape[1], pixels, generator=random, dtype=torch.uint8)
     target = target.to(device)
-    contenders = loss_contenders(partial(getattr(losses, function), **options), plain, logits, target)
+    contenders = loss_contenders(
+        partial(getattr(losses, function), **options),
+        lambda z, y: plain(z, y, **options),
+        logits,
+        target,
+    )
 
     def monai() -> Callable[[], Any]:
         from monai import losses as peer

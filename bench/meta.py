@@ -121,22 +121,32 @@ def ours(setup: _Setup, keep_graph: bool, mode: str = "forward", fused: bool = F
     return call
 
 
-def unroll(setup: _Setup) -> Callable[[], Any]:
-    """The common code: create_graph, a functional call at W', .backward()."""
+def unrolled(
+    net: Any, x: Any, y: Any, R: Any, x_clean: Any, y_clean: Any, lr: float, loss: Callable[..., Any]
+) -> tuple[Any, Any]:
+    """(R, the clean loss after the step): the common code, create_graph and a functional call at W'. R: a function of
+    the loss map, or None: zeros, to differentiate in."""
     import torch
     from torch.func import functional_call
 
+    named = dict(net.named_parameters())
+    L = loss(net(x), y)
+    weights = torch.zeros_like(L, requires_grad=True) if R is None else R(L.detach())
+    grads = torch.autograd.grad((weights * L).mean(), list(named.values()), create_graph=True)
+    moved = {n: p - lr * g for (n, p), g in zip(named.items(), grads, strict=True)}
+    return weights, loss(functional_call(net, moved, (x_clean,)), y_clean).mean()
+
+
+def unroll(setup: _Setup) -> Callable[[], Any]:
     def call() -> Any:
-        named = dict(setup.net.named_parameters())
-        L = setup.loss(setup.net(setup.x), setup.y)
-        total = (setup.mask_net(L.detach()) * L).mean()
-        grads = torch.autograd.grad(total, list(named.values()), create_graph=True)
-        moved = {n: p - LR * g for (n, p), g in zip(named.items(), grads, strict=True)}
-        setup.loss(functional_call(setup.net, moved, (setup.x_clean,)), setup.y_clean).mean().backward()
+        _, clean = unrolled(
+            setup.net, setup.x, setup.y, setup.mask_net, setup.x_clean, setup.y_clean, LR, setup.loss
+        )
+        clean.backward()
         dtheta = torch_cat([p.grad for p in setup.theta])
         for p in (*setup.weights, *setup.theta):
             p.grad = None
-        del L, total, grads, moved
+        del clean
         return dtheta, setup.real_step(setup.loss(setup.net(setup.x), setup.y))
 
     return call

@@ -26,7 +26,7 @@ CLASSES = [(4, 4, 112, 112, 80), (30, 2, 512, 512), (2, 14, 64, 64, 64)]
 
 
 def cases(device: str, quick: bool) -> Iterator[Callable[[], Case]]:
-    for shape in SHAPES[:2] if quick else SHAPES:
+    for shape in SHAPES[1:2] if quick else SHAPES:
         yield partial(surface_case, shape, device, headline=True, deadline=0.0 if quick else float("inf"))
     for shape in CELLS[:1] if quick else CELLS:
         yield partial(cells_case, shape, device)

@@ -22,6 +22,7 @@ from rich.table import Table
 from noisyseg_fast import build_info
 from noisyseg_fast.timing import COPY, OURS, Measurement, duration
 
+PLAIN = "plain PyTorch + SciPy"  # the contender of plain.py
 PACKAGES = ("torch", "numpy", "scipy", "monai", "edt", "medpy", "SimpleITK")
 PACKAGES += ("opencv-python-headless", "cupy-cuda13x", "cucim-cu13")
 
@@ -144,11 +145,13 @@ def _record(measured: Measurement) -> dict[str, Any]:
         "device": case.device,
         "headline": case.headline,
         "baseline": case.baseline,
+        "oracle": case.oracle if isinstance(case.oracle, str) else None,
         "bytes_moved": case.moved,
         "fraction_of_copy_bandwidth": measured.of_copy(),
         "floor_s": measured.floor_s,
         "floor_kind": measured.floor_kind,
         "took": measured.took,
+        "compiling": measured.compiling,
         "contenders": {
             name: asdict(t) | {"ours_is_faster": measured.speedup(name)}
             for name, t in measured.timings.items()
@@ -165,14 +168,16 @@ def markdown(runs: dict[str, dict[str, Any]]) -> str:
     """One table for each family: medians, and in brackets how many times faster ours is."""
     lines = [
         "Medians; in brackets how many times faster ours is. Copy: the fraction that ours reaches of the bandwidth "
-        "of a plain copy of as many bytes. Memory: the peak beyond the inputs, the result included. "
+        "of a plain copy of as many bytes. Memory: the peak beyond the inputs, the result included. Launches: of CUDA "
+        "kernels, in runs on a GPU. "
         "p20, p80 and the peers' memory are in the JSON files.",
     ]
     for family, run in runs.items():
         machine, cases = run["machine"], run["cases"]
         versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
         names = list(dict.fromkeys(n for c in cases for n in c["contenders"] if n not in (OURS, COPY)))
-        head = ["operation", "input", "ours", "moved", "copy", "memory", *names]
+        counted = any(c["contenders"][OURS].get("launches") is not None for c in cases)
+        head = ["operation", "input", "ours", "moved", "copy", "memory", *["launches"] * counted, *names]
         lines += [
             "",
             f"## {family}",
@@ -188,6 +193,7 @@ def markdown(runs: dict[str, dict[str, Any]]) -> str:
             fraction, contenders = case["fraction_of_copy_bandwidth"], case["contenders"]
             cells = [case["operation"], case["input"], _entry(case, OURS), _size(case["bytes_moved"])]
             cells += [f"{fraction:.0%}" if fraction else "", _size(contenders[OURS]["extra"])]
+            cells += [str(contenders[OURS].get("launches"))] * counted
             lines.append(_line([*cells, *(_entry(case, n) if n in contenders else "" for n in names)]))
     return "\n".join(lines) + "\n"
 
@@ -227,12 +233,15 @@ def _floor_rows(cases: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+WHOLE = ("training step", "U-Net forward")  # in the names of operations that run networks
+
+
 def floors(runs: dict[str, dict[str, Any]]) -> str:
     """Each operation's largest input: the floor, what was measured and their ratio."""
     largest: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
         for case in run["cases"]:
-            whole = name in ("meta", "methods", "steps", "validation") or "U-Net" in case["operation"]
+            whole = name in ("meta", "methods") or any(x in case["operation"] for x in WHOLE)
             if whole or name == "sweeps":
                 continue  # nothing says what is the least for a network's step
             found = largest.setdefault(case["operation"], case)
@@ -289,6 +298,33 @@ def targets(runs: dict[str, dict[str, Any]]) -> str:
             faster = contenders[best]["ours_is_faster"]
             met = "" if faster >= factor else "missed"
             lines.append(_line([operation, case["input"], best, f"{factor:.3g}x", f"{faster:.3g}x", met]))
+    return "\n".join(lines)
+
+
+# What stands in our place in each of the families that time whole steps.
+WITHOUT_US = {
+    "methods": (PLAIN,),
+    "steps": (PLAIN, "scipy"),
+    "meta": ("unroll",),
+    "validation": ("MONAI", "MedPy"),
+}
+
+
+def whole_steps(runs: dict[str, dict[str, Any]]) -> str:
+    """End to end: training steps and validation passes with ours and without; and how many steps of plain
+    cross-entropy, which is what an iteration costs anyway, each of ours takes."""
+    lines = [_line(["step", "input", "ours", "without us", "ratio", "of a step of ce"])]
+    lines.append(_line(["---", "---", *["---:"] * 4]))
+    for family, names in WITHOUT_US.items():
+        for case in runs.get(family, {}).get("cases", ()):
+            timed = case["contenders"]
+            base = timed.get(case.get("baseline"), {}).get("ours_is_faster")
+            for name in (n for n in names if n in timed):
+                other, faster = timed[name], timed[name]["ours_is_faster"]
+                cells = [duration(other["p50"]) if other["p50"] else _entry(case, name)]
+                cells[0] += "" if name == PLAIN else f", {name}"
+                cells += [f"{faster:.2f}x" if faster else "", f"{1 / base:.2f}" if base else ""]
+                lines.append(_line([case["operation"], case["input"], _entry(case, OURS), *cells]))
     return "\n".join(lines)
 
 
@@ -388,7 +424,8 @@ def update_readme(readme: Path, folder: Path) -> None:
 def performance_tables(root: Path, folder: Path) -> list[str]:
     """Those of docs/performance.md."""
     runs = read(folder)
-    return [targets(runs), small_calls(runs), floors(runs), instructions(root), predictions(root)]
+    tables = [targets(runs), whole_steps(runs), small_calls(runs), floors(runs)]
+    return [*tables, instructions(root), predictions(root)]
 
 
 def _own(name: str) -> bool:

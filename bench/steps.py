@@ -1,8 +1,10 @@
-"""Training steps whole: DTML with distance targets, ours and as the public code makes them."""
+"""A training step on volumes: DTML with distance targets, ours, as the public code makes them, and with nothing of ours
+(plain.py). methods.py has the steps of all methods, on planes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -10,6 +12,8 @@ from unittest import mock
 import numpy as np
 
 from noisyseg_fast.timing import OURS, Call, Case, Contender, blobs
+
+from .report import PLAIN
 
 CROP = (112, 112, 80)
 WIDTH = 4  # of V-Net, the paper's is 16: so that a step takes seconds on a CPU
@@ -68,6 +72,8 @@ def step_case(crop: Sequence[int], device: str = "cpu", *, headline: bool = Fals
     from noisyseg_fast.training import methods, networks
     from noisyseg_fast.training.methods import _signed
 
+    from . import plain
+
     random = torch.Generator().manual_seed(0)
     label = torch.from_numpy(blobs((LABELLED, *crop))).to(device)
     image, unlabelled = (
@@ -83,10 +89,10 @@ def step_case(crop: Sequence[int], device: str = "cpu", *, headline: bool = Fals
     optimizer = torch.optim.SGD(method.trained(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     method.plan = methods.Plan(optimizer, 6000, 150)
 
-    def prepare(maps: Maps) -> Call:
+    def prepare(inside: Callable[[], AbstractContextManager[Any]]) -> Call:
         def step() -> Any:
             torch.manual_seed(1)  # of the dropout
-            with mock.patch.object(_signed, "signed_distance_map", maps):
+            with inside():
                 losses = method.training_step(batch, 3000)
             optimizer.zero_grad()
             losses["loss"].backward()
@@ -95,11 +101,16 @@ def step_case(crop: Sequence[int], device: str = "cpu", *, headline: bool = Fals
 
         return step
 
+    contenders = [
+        Contender(name, partial(prepare, partial(mock.patch.object, _signed, "signed_distance_map", maps)))
+        for name, maps in makers().items()
+    ]
+    contenders.append(Contender(PLAIN, partial(prepare, plain.swapped)))
     return Case(
         family="steps",
         operation=f"DTML training step, 2 V-Nets of width {WIDTH}",
         input=f"{2 * LABELLED}x1x" + "x".join(map(str, crop)),
-        contenders=[Contender(name, partial(prepare, maps)) for name, maps in makers().items()],
+        contenders=contenders,
         oracle="scipy",
         tolerance=1e-3,
         moved=4 * (image.numel() + unlabelled.numel()),

@@ -23,10 +23,10 @@ from noisyseg_fast.timing import (
 
 from .labels import staple_case
 
-LOGITS = [2**p for p in range(10, 27, 2)]  # elements
+LOGITS = [2**p for p in (10, 12, 15, 18, 21, 24)]  # elements
 BATCHES = [1, 4, 16, 64, 256]  # of 64x64
 CLASSES = [2, 4, 8, 16, 32]  # of 64x64x64 voxels
-RATERS = [2, 3, 4, 6, 8]  # of 112x112x80
+RATERS = [2, 4, 6, 8]  # of 112x112x80
 EDGES = [16, 32, 64, 128, 256]  # of a cube
 SURFACES = [32, 64, 128]
 VOLUME = (4, 112, 112, 80)  # for the threads

@@ -12,12 +12,12 @@ import numpy as np
 from noisyseg_fast import metrics
 from noisyseg_fast.timing import OURS, Call, Case, Contender, blobs, relative_error
 
-VOLUMES, CLASSES, SIZE = 20, 3, (96, 96, 48)
+VOLUMES, CLASSES, SIZE = 20, 3, (64, 64, 32)
 SPACING = (1.0, 1.0, 2.0)
 
 
 def cases(device: str, quick: bool) -> Iterator[Callable[[], Case]]:
-    yield partial(pass_case, 2 if quick else VOLUMES, (48, 48, 24) if quick else SIZE, device)
+    yield partial(pass_case, 2 if quick else VOLUMES, (32, 32, 16) if quick else SIZE, device)
 
 
 def volumes(count: int, size: Sequence[int], device: str) -> list[tuple[Any, Any]]:

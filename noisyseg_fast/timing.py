@@ -20,6 +20,7 @@ import numpy as np
 
 OURS = "ours"
 COMPILED = "torch.compile"
+LATER = "--all runs it"  # ends the note of what was left out for want of time
 COPY = "copy"  # a plain copy that moves as many bytes as the operation must: the floor of its time
 
 Call = Callable[[], Any]
@@ -124,6 +125,7 @@ class Measurement:
     case: Case
     timings: dict[str, Timing] = field(default_factory=dict)  # in the order of the contenders, the copy last
     took: float = 0.0  # seconds of the whole measurement: imports, compilations, checks and runs
+    compiling: float | None = None  # of that, torch.compile's
     floor_s: float | None = None  # no implementation on this machine can be quicker
     floor_kind: str = ""  # what says so: "copy", "copy, new pages", "arithmetic" or "autograd"
 
@@ -231,26 +233,42 @@ def _floor(measured: Measurement) -> None:
 
 
 def measure(
-    case: Case, seconds: float = 2.0, slow: float = 8.0, skip: Mapping[str, tuple[str, float]] | None = None
+    case: Case,
+    seconds: float = 2.0,
+    slow: float = 8.0,
+    skip: Mapping[str, tuple[str, float]] | None = None,
+    budget: float = math.inf,
+    compiling: float = 0.0,
 ) -> Measurement:
     """Check all contenders of a case, then time the right ones in turn, for about `seconds` in all.
 
     A call that takes longer than `slow` seconds is made once, and that run counts. skip: contenders to leave out,
     why, and about how many seconds a call of theirs takes; never ours nor the oracle.
+    budget: seconds for all of it. Once they are over, no further peer is begun; torch.compile not either unless
+    `compiling` seconds are left for it. A peer of which five calls would take more than an equal share is not run
+    in turn: its second call counts. So only what had begun, ours and the oracle can take it beyond the budget.
     """
     begin, skip = time.perf_counter(), skip or {}
+    end = begin + budget
     contenders = [*case.contenders, Contender(COPY, partial(_copy, case.moved, case.device), error=None)]
     result = Measurement(case, {c.name: Timing("failed") for c in contenders})
     expected = None if isinstance(case.oracle, str) else case.oracle()
     calls: dict[str, Call] = {}
     cost: dict[str, float] = {}
-    for contender in sorted(contenders, key=lambda c: c.name != case.oracle):
-        name = contender.name
+    order = (case.oracle, OURS, COPY)
+    for contender in sorted(contenders, key=lambda c: order.index(c.name) if c.name in order else len(order)):
+        name, start = contender.name, time.perf_counter()
         try:
             if name in skip and name not in (OURS, case.oracle):
                 raise Skipped(skip[name][0])
-            call = contender.make()
+            if name == COMPILED and start + compiling > end:
+                raise Skipped(f"no time left to compile; {LATER}")
+            call = contender.make()  # without time, too: what is not installed is named
+            if time.perf_counter() > end and name not in (*order, COMPILED):
+                raise Skipped(f"no time left in this run; {LATER}")
             answer, cost[name], extra = _first(call, case.device)
+            if name == COMPILED:
+                result.compiling = time.perf_counter() - start
             if name == case.oracle:
                 expected = answer
             if contender.error and expected is None:
@@ -273,7 +291,9 @@ def measure(
             result.timings[name] = Timing("skipped", str(reason), about=about or None)
         except Exception as failure:  # a peer's failure is a result too
             result.timings[name] = Timing("failed", _why(failure))
-    times = {name: [cost[name]] for name in calls if cost[name] >= slow}
+    once = min(slow, budget / (5 * len(contenders)))
+    times = {n: [cost[n]] for n in calls if cost[n] >= (slow if n == OURS else once)}
+    seconds = max(min(seconds, end - time.perf_counter()), 0.0)
     times |= _alternate({n: c for n, c in calls.items() if n not in times}, cost, seconds, case.device)
     for name, of_name in times.items():
         timing = result.timings[name]
@@ -517,8 +537,15 @@ def torch_nr_dice(logits: Any, target: Any) -> Any:
     p, channels = logits.sigmoid(), logits.shape[1]
     g = target.unsqueeze(1) if channels == 1 else one_hot(target.long(), channels).movedim(-1, 1)
     g = g.to(p.dtype)
-    numerator = ((p - g).abs() ** 1.5).flatten(2).sum(2)
-    return (numerator / ((p**2 + g**2).flatten(2).sum(2) + 1e-5)).mean()
+    return torch_nr_dice_of(p, g, lambda x: x.flatten(2).sum(2)).mean()
+
+
+def torch_nr_dice_of(
+    p: Any, g: Any, total: Callable[..., Any], gamma: float = 1.5, denominator: str = "squared"
+) -> Any:
+    """Of each image and class, for probabilities p and targets g (B, C, *S); total sums maps over pixels."""
+    size = p + g if denominator == "linear" else p**2 + g**2
+    return total((p - g).abs() ** gamma) / (total(size) + 1e-5)
 
 
 def torch_weighted_ce(logits: Any, target: Any, weight: Any) -> Any:
@@ -644,12 +671,20 @@ def torch_edt(mask: Any, spacing: Sequence[float] | None = None) -> Any:
     """
     import torch
 
-    squared = torch.where(mask != 0, math.inf, 0.0)
-    for axis in range(1, mask.ndim):
-        place = torch.arange(mask.shape[axis], device=mask.device) * (spacing[axis - 1] if spacing else 1.0)
+    return torch_lower_envelope(torch.where(mask != 0, math.inf, 0.0), spacing).sqrt()
+
+
+def torch_lower_envelope(values: Any, spacing: Sequence[float] | None = None) -> Any:
+    """min over q of values[q] + |p - q|^2, of (B, *S)."""
+    import torch
+
+    for axis in range(1, values.ndim):
+        place = torch.arange(values.shape[axis], device=values.device) * (
+            spacing[axis - 1] if spacing else 1.0
+        )
         cost = (place[:, None] - place) ** 2
-        squared = (squared.movedim(axis, -1).unsqueeze(-2) + cost).amin(-1).movedim(-1, axis)
-    return squared.sqrt()
+        values = (values.movedim(axis, -1).unsqueeze(-2) + cost).amin(-1).movedim(-1, axis)
+    return values
 
 
 def torch_contenders(
@@ -731,6 +766,17 @@ def edt_case(
     )
 
 
+def scipy_signed_map(mask: Any, convention: str, spacing: Sequence[float] | None = None) -> Any:
+    """signed_distance_map of a mask (*S) with both classes, "two_sided", "boundary" or "kervadec", by SciPy."""
+    from scipy.ndimage import binary_erosion, distance_transform_edt
+
+    edt = partial(distance_transform_edt, sampling=spacing)
+    if convention == "boundary":
+        return np.where(mask, -1, 1) * edt((mask == 0) | binary_erosion(mask, border_value=1))
+    inside, outside = edt(mask), edt(mask == 0)
+    return outside - inside + (mask != 0 if convention == "kervadec" else 0)
+
+
 def signed_case(
     mask: np.ndarray[Any, Any],
     what: str = "",
@@ -750,17 +796,7 @@ def signed_case(
         return lambda: distance.signed_distance_map(x, spacing, spatial_dims=dims, convention=convention)
 
     def scipy() -> Call:
-        from scipy.ndimage import binary_erosion, distance_transform_edt
-
-        edt = partial(distance_transform_edt, sampling=spacing)
-
-        def two_sided(x: Any) -> Any:
-            return edt(x == 0) - edt(x)
-
-        def boundary(x: Any) -> Any:
-            return np.where(x, -1, 1) * edt((x == 0) | binary_erosion(x, border_value=1))
-
-        return each(two_sided if convention == "two_sided" else boundary, mask)
+        return each(partial(scipy_signed_map, convention=convention, spacing=spacing), mask)
 
     def edt() -> Call:
         import edt as package

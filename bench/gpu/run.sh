@@ -52,7 +52,7 @@ sanitizer() {
 stage_memcheck() { sanitizer memcheck; }
 stage_racecheck() { sanitizer racecheck; }
 
-stage_bench() { python3 -m bench --out "$out"; }
+stage_bench() { python3 -m bench --minutes 2.5 --out "$out"; }
 
 stage_profile() {
   if command -v ncu >/dev/null; then
