@@ -67,6 +67,8 @@ def distance_transform_edt(
         raise ValueError(
             "return_indices=True needs border=False: the nearest voxel may lie outside the image"
         )
+    if return_indices:
+        _check_another_axis(mask, "return_indices")
     labels = _narrow(mask, space) if multi_label and space.device < 0 else mask
     shape = tuple(mask.shape)
     out = space.empty(shape, _precision(dtype))
@@ -124,10 +126,8 @@ def signed_distance_map(
         raise ValueError(f"num_classes must be a positive integer or None, got {num_classes!r}")
     mask, space, dims = _check(mask, spatial_dims, num_classes is not None)
     shape = tuple(mask.shape)
-    if num_classes is not None and len(shape) == _arrays.MAX_RANK:  # the result has one more
-        raise ValueError(
-            f"mask has {len(shape)} dimensions; with num_classes at most {len(shape) - 1} are supported"
-        )
+    if num_classes is not None:
+        _check_another_axis(mask, "num_classes")
     batch = shape[: len(shape) - dims]
     sizes = _spacings(spacing, dims, batch)
     classes = () if num_classes is None else (num_classes,)
@@ -248,6 +248,13 @@ def _check(mask: Any, spatial_dims: int | None, ordered: bool) -> tuple[Any, _ar
     if space.dtype(mask) not in _arrays.LABELS:
         _arrays.check_dtype("mask", space.dtype(mask), INTEGERS)
     return mask, space, _dims("mask", mask, spatial_dims)
+
+
+def _check_another_axis(mask: Any, because: str) -> None:
+    if len(mask.shape) == _arrays.MAX_RANK:
+        raise ValueError(
+            f"mask has {len(mask.shape)} dimensions; with {because} at most {_arrays.MAX_RANK - 1} are supported"
+        )
 
 
 def _dims(name: str, x: Any, spatial_dims: int | None) -> int:

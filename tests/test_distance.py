@@ -498,6 +498,11 @@ def test_sampled_distance_gradients() -> None:
             "mask has 8 dimensions; with num_classes at most 7 are supported",
         ),
         (
+            lambda m: distance_transform_edt(m[(None,) * (8 - m.ndim)], spatial_dims=2, return_indices=True),
+            ValueError,
+            "mask has 8 dimensions; with return_indices at most 7 are supported",
+        ),
+        (
             lambda m: distance_transform_edt(m[None], [[1, 2], [3, 4]], spatial_dims=2),
             ValueError,
             r"spacing has shape \(2, 2\); for each item of this batch it would be \(1, 2\)",
