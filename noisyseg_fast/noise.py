@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _arrays, _core
-from .distance import _plain, distance_transform_edt, sampled_distance, signed_distance_map
+from .distance import _plain, _spacings, distance_transform_edt, sampled_distance, signed_distance_map
 
 Pair = tuple[float, float]
 Array = np.ndarray[Any, Any]
@@ -51,8 +51,7 @@ def dilate(
     Extra memory: 6 bytes per pixel of uint8 masks.
     """
     batch = _batch(mask, spatial_dims, "mask")
-    distance = distance_transform_edt(_object(batch) == 0, spacing, spatial_dims=batch.dims)
-    return _result(batch, distance <= _radii(radius, batch))
+    return _result(batch, _grown(batch, _object(batch), radius, spacing))
 
 
 def erode(
@@ -69,8 +68,34 @@ def erode(
     Extra memory: 6 bytes per pixel of uint8 masks.
     """
     batch = _batch(mask, spatial_dims, "mask")
-    distance = distance_transform_edt(_object(batch), spacing, spatial_dims=batch.dims)
-    return _result(batch, distance > _radii(radius, batch))
+    return _result(batch, _grown(batch, _object(batch), radius, spacing, erode=True))
+
+
+def _grown(batch: _Batch, inside: Any, radius: Any, spacing: Any, erode: bool = False) -> Any:
+    """bool: `inside` (bool, contiguous) dilated or eroded. On the CPU by joining rows of bits where few rows lie within
+    the radius, otherwise by comparing distances: the same bits either way."""
+    radii = _radii(radius, batch)
+    sizes = _spacings(spacing, batch.dims, (batch.size,))
+    if batch.space.device < 0 and batch.size and len(sizes) == 1:
+        lead = (1,) * (3 - batch.dims)
+        shape = (batch.size, *lead, *batch.spatial)
+        most = np.finfo(np.float32).max
+        each = np.minimum(np.atleast_1d(np.asarray(radius, np.float64)), most).astype(np.float32)
+        given = (
+            batch.space.view(inside.reshape(shape)),
+            _arrays.of(radius=each).view(each),
+            (*lead, *sizes[0])[:3],
+        )
+        size = _core.dilate_workspace(*given, batch.space.exec)
+        if size:
+            out = batch.space.empty((batch.size, *batch.spatial), "bool")
+            memory = batch.space.empty((size // 8 + 1,), "float64")
+            work = batch.space.view(memory)[0]
+            _core.dilate(*given, erode, batch.space.view(out.reshape(shape)), work, batch.space.exec)
+            return out
+    if erode:
+        return distance_transform_edt(inside, spacing, spatial_dims=batch.dims) > radii
+    return distance_transform_edt(inside == 0, spacing, spatial_dims=batch.dims) <= radii
 
 
 def erode_or_dilate(
@@ -465,8 +490,8 @@ def distort_boundary(
     for turn in (0, 1):
         chosen = contour & (_uniforms(batch, keys, 2 * turn) < share)
         r = (_uniforms(batch, keys, 2 * turn + 1) * (high - low + 1)) // 1 + low
-        if low == high:  # a transform of a mask takes less time than one of a function
-            disks = distance_transform_edt(~chosen, spatial_dims=batch.dims) <= low
+        if low == high:  # takes less time than a transform of a function
+            disks = _grown(batch, chosen, low, None)
         else:
             depth = _where(batch, chosen, -(r * r), math.inf)
             disks = sampled_distance(depth, spatial_dims=batch.dims) <= 0
@@ -911,6 +936,8 @@ def _object(batch: _Batch, name: str = "masks", any_labels: bool = False) -> Any
         raise TypeError(f"{name} has dtype {dtype}; pass labels: bool or an integer dtype")
     if dtype == "bool":
         return _contiguous(items)
+    if dtype == "uint8" and batch.size and items.max() <= 1:
+        return _contiguous(_as(batch, items, "bool"))
     inside = items != 0
     if not any_labels and batch.size:
         items = _plain(items, False)
@@ -934,7 +961,15 @@ def _restore(batch: _Batch, out: Any, more: tuple[int, ...] = ()) -> Any:
 def _result(batch: _Batch, inside: Any, more: tuple[int, ...] = ()) -> Any:
     """_restore of a bool array, in the masks' dtype."""
     dtype = batch.dtype
+    if str(dtype).removeprefix("torch.") == "uint8":
+        return _restore(batch, _as(batch, inside, "uint8"), more)
     return _restore(batch, inside.astype(dtype) if hasattr(inside, "astype") else inside.to(dtype), more)
+
+
+def _as(batch: _Batch, x: Any, dtype: str) -> Any:
+    """x of bool or of uint8 0 and 1 as the other, in the same memory."""
+    name = "bool_" if dtype == "bool" and batch.space.name != "torch" else dtype
+    return x.view(getattr(_library(batch), name))
 
 
 def _contiguous(x: Any) -> Any:
