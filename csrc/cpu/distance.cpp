@@ -70,10 +70,18 @@ inline __attribute__((always_inline)) V load_vector(const T* p) {
 
 template <class I>
 inline __attribute__((always_inline)) bool any(I mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8((__m128i)mask) != 0;
+#else
   uint64_t parts[sizeof(I) / 8], all = 0;
   __builtin_memcpy(parts, &mask, sizeof(I));
   for (uint64_t part : parts) all |= part;
   return all != 0;
+#endif
 }
 
 // The outward search for `lanes` neighbouring outputs. centre: their own f; f_(i-k) and f_(i+k) lie k *

@@ -264,6 +264,7 @@ Found<Key> find_listed(Key* keys, int64_t n, int64_t r, int bits) {
     for (int64_t i = 0; i < found.here; ++i) {
       const Key key = keys[i], own = key >> shift & mask;
       next = own > digit && key < next ? key : next;
+      keys[i] = keys[kept];  // an exchange, so that no key is lost
       keys[kept] = key;
       kept += own == digit;
     }
@@ -480,7 +481,9 @@ void write_chosen(const Rows& from, const Search& s, Key flip, uint8_t* out, con
       // Places are compared once for a block: 64 bits wide, they would quarter the vectors.
       const int first = t.place < q ? 0 : 1 + static_cast<int>(smaller(t.place - q, n - 1));
       uint8_t* const to = out + row * pixels + q;
+#pragma GCC ivdep
       for (int i = 0; i < first; ++i) to[i] = is_in(last, keys[i], true, none);
+#pragma GCC ivdep
       for (int i = first; i < n; ++i) to[i] = is_in(last, keys[i], false, none);
     }
   });

@@ -35,7 +35,6 @@ using formulas::lowest_bit;
 using formulas::MaskBits;
 using formulas::MaskPairs;
 using formulas::max_offsets;
-using formulas::nearest;
 using formulas::Offset;
 using formulas::Rings;
 using formulas::Sites;
@@ -414,11 +413,41 @@ T nearest_by_blocks(const Sites& s, const Sites& blocks, const T unit[3], int64_
   return best;
 }
 
+// formulas::nearest, from one window of 64 bits around x on each row where that is enough.
+template <class T>
+T nearest_on_list(const Sites& s, const Rings<T>& r, int64_t z, int64_t y, int64_t x, int64_t& seen) {
+  const uint64_t planes = static_cast<uint64_t>(s.shape[0]), rows = static_cast<uint64_t>(s.shape[1]);
+  const uint64_t* const own = s.bits + z * s.plane + y * s.row + ((x - 32) >> 6);
+  const int64_t plane = s.plane, row = s.row, count = r.count;
+  const int shift = static_cast<int>((x - 32) & 63);
+  const T unit = r.unit[2];
+  T best = formulas::far<T>();
+  int64_t i = 0;
+  for (; i < count; ++i) {
+    const Offset<T> o = r.offsets[i];
+    if (o.squared >= best) break;
+    if (static_cast<uint64_t>(z + o.dz) >= planes || static_cast<uint64_t>(y + o.dy) >= rows) continue;
+    const uint64_t* const p = own + o.dz * plane + o.dy * row;
+    const uint64_t window = p[0] >> shift | p[1] << 1 << (63 - shift);  // bits x - 32 to x + 31
+    if (!window) {
+      if (o.squared + formulas::square_of<T>(32, unit) < best)
+        best = formulas::on_row(s, unit, z + o.dz, y + o.dy, x, o.squared, best);
+      continue;
+    }
+    const int after = lowest_bit(window >> 32 | uint64_t{1} << 40);
+    const int before = 64 - highest_bit((window << 32) | uint64_t{1} << 24);
+    const T d = o.squared + formulas::square_of<T>(after < before ? after : before, unit);
+    best = d < best ? d : best;
+  }
+  seen = i;
+  return best;
+}
+
 // Squared distance from a voxel to the other surface; seen: the rows and blocks looked at.
 template <class T>
 T nearest_site(const Sites& sites, const Sites& blocks, const Rings<T>& rings, int64_t z, int64_t y, int64_t x,
                int64_t& seen) {
-  const T d = nearest(sites, rings, z, y, x, seen);
+  const T d = nearest_on_list(sites, rings, z, y, x, seen);
   return d > rings.beyond ? nearest_by_blocks(sites, blocks, rings.unit, z, y, x, d, seen) : d;
 }
 
@@ -487,14 +516,13 @@ void distances_from_map(const Item& item, const Layout& l, int side, const T uni
 }
 
 // Whether a map of the box is cheaper than searches, from every 64th voxel: a map costs about as much
-// as seeing map_rows rows per voxel of the box.
-constexpr int64_t map_rows = 1;
+// as seeing one row per voxel of the box, or four of a flat image, whose searches see rows in turn.
 
 template <class T>
 bool map_is_cheaper(const Item& item, const Layout& l, int side, int threads) {
   const Box& box = *item.box;
   const Rings<T>& rings = *static_cast<const Rings<T>*>(item.rings);
-  const int64_t cost = map_rows * box.shape[0] * box.shape[1] * box.shape[2];
+  const int64_t cost = (box.shape[1] == 1 ? 4 : 1) * box.shape[0] * box.shape[1] * box.shape[2];
   if (box.count[side] * rings.count <= cost && rings.beyond == formulas::far<T>()) return false;
   const Sites sites = sites_of(item, l, 1 - side), blocks = blocks_at(item, l, 1 - side);
   return 64 * for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
