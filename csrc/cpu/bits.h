@@ -35,8 +35,7 @@ inline uint64_t equal64(const uint8_t* p, uint8_t value) {
 // The lowest eight bits as bytes of 0 and 1: each ends in a byte of its own, and adding 127 carries it to the
 // byte's top.
 inline uint64_t spread8(uint64_t bits) {
-  const uint64_t spread =
-      ((bits & 255) * 0x0101010101010101u & 0x8040201008040201u) + 0x7f7f7f7f7f7f7f7fu;
+  const uint64_t spread = ((bits & 255) * 0x0101010101010101u & 0x8040201008040201u) + 0x7f7f7f7f7f7f7f7fu;
   return spread >> 7 & 0x0101010101010101u;
 }
 

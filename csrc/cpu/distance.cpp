@@ -954,11 +954,9 @@ void signed_map(const Batch& batch, const DistanceOptions& options, T* phi, char
     };
     Volume plain = v;  // the border is in the codes
     plain.border = false;
-    transform<T, Mode::sites>(batch.count, plain, coded, phi, memory, threads, Finish::root,
-                              [&](int64_t at) {
-                                for (int64_t i = at; i < at + v.n[2]; ++i)
-                                  phi[i] = codes[i] == 2 ? -phi[i] : phi[i];
-                              });
+    transform<T, Mode::sites>(batch.count, plain, coded, phi, memory, threads, Finish::root, [&](int64_t at) {
+      for (int64_t i = at; i < at + v.n[2]; ++i) phi[i] = codes[i] == 2 ? -phi[i] : phi[i];
+    });
   } else {
     transform<T, Mode::two_classes>(
         batch.count, v, [&](int64_t i) { return batch.item(i); }, phi, memory, threads, Finish::two_sided);

@@ -514,8 +514,8 @@ NOISYSEG_DISPATCH(size_t, dilate_workspace,
                   (const Array& mask, const Array& radii, const double* spacing, const Exec& exec),
                   (mask, radii, spacing, exec))
 NOISYSEG_DISPATCH(void, dilate,
-                  (const Array& mask, const Array& radii, const double* spacing, bool erode,
-                   const Array& out, void* workspace, const Exec& exec),
+                  (const Array& mask, const Array& radii, const double* spacing, bool erode, const Array& out,
+                   void* workspace, const Exec& exec),
                   (mask, radii, spacing, erode, out, workspace, exec))
 NOISYSEG_API(void, contour_vertices,
              (const Array& labels, const Array& starts, const Array& phases, const Array& out,

@@ -263,7 +263,9 @@ struct Norm {
   const T* row(const Array& a, int64_t b, int64_t c, int64_t k, int64_t n, T* buffer) const {
     if (fold == 1 || !a) return fetch<T>(a, s.offset(b, c, k * chunk), 0, 1, n, buffer).data;
     for (int64_t i = 0; i < images_in(b); ++i) {
-#define CASE(From)                                                                              load_row<T, From>(static_cast<const char*>(a.data), s.offset(b * fold + i, c, 0), 1,                            static_cast<int>(s.pixels), buffer + i * s.pixels);
+#define CASE(From)                                                                     \
+  load_row<T, From>(static_cast<const char*>(a.data), s.offset(b * fold + i, c, 0), 1, \
+                    static_cast<int>(s.pixels), buffer + i * s.pixels);
       NOISYSEG_FLOAT_CASES(a.dtype, CASE)
 #undef CASE
     }
@@ -275,7 +277,9 @@ struct Norm {
   void put_row(const Array& a, int64_t b, int64_t c, int64_t k, int64_t n, const T* from) const {
     if (fold == 1) return deliver(a, s.offset(b, c, k * chunk), 0, 1, n, from);
     for (int64_t i = 0; a && i < images_in(b); ++i) {
-#define CASE(To)                                                                    store_row<T, To>(static_cast<char*>(a.data), s.offset(b * fold + i, c, 0), 1,                      static_cast<int>(s.pixels), from + i * s.pixels);
+#define CASE(To)                                                                                            \
+  store_row<T, To>(static_cast<char*>(a.data), s.offset(b * fold + i, c, 0), 1, static_cast<int>(s.pixels), \
+                   from + i * s.pixels);
       NOISYSEG_FLOAT_CASES(a.dtype, CASE)
 #undef CASE
     }

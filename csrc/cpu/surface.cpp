@@ -4,8 +4,9 @@
 // surface is then a few word operations, and the nearest surface voxel on a row one count of zeros.
 // Each surface voxel looks for the other surface on the rows around it, nearest rows first, until no
 // row can be nearer than what it has found: work follows the distances, and no distance map is made.
-// Farther away it looks at blocks of rows first, joined to one. Where a sample of the voxels says that this would take longer than an exact distance map of the box
-// around both masks (surfaces far apart), the map is made instead.
+// Farther away it looks at blocks of rows first, joined to one. Where a sample of the voxels says that this
+// would take longer than an exact distance map of the box around both masks (surfaces far apart), the map is
+// made instead.
 #include "formulas/surface.h"
 
 #include <cmath>
@@ -132,7 +133,7 @@ int64_t blocks_of(int64_t n) { return (n + block_rows - 1) / block_rows; }
 // What one item occupies in the first buffer. A row is `words` words of bits and one of zeros, which
 // also stands before the first row: word -1 and word `words` of a row are always there and zero.
 struct Layout {
-  int64_t words, row, plane, volume, blocks;                                // in words; row = words + 1
+  int64_t words, row, plane, volume, blocks;                               // in words; row = words + 1
   int64_t rings, offsets, columns, rows, count, bits, joined, item_bytes;  // offsets in bytes
 };
 
@@ -387,7 +388,9 @@ int64_t steps_to_block(int64_t i, int64_t b) {
 template <class T>
 T nearest_by_blocks(const Sites& s, const Sites& blocks, const T unit[3], int64_t z, int64_t y, int64_t x,
                     T best, int64_t& seen) {
-  const auto least = [](int64_t k) { return k > 1 ? (k - 1) * block_rows + 1 : k; };  // steps to the k-th away
+  const auto least = [](int64_t k) {
+    return k > 1 ? (k - 1) * block_rows + 1 : k;
+  };  // steps to the k-th away
   for (int64_t i = 0; i <= 2 * blocks.shape[0]; ++i) {
     if (formulas::square_of<T>(least((i + 1) / 2), unit[0]) >= best) break;
     const int64_t bz = formulas::outward(i, z / block_rows);
@@ -445,8 +448,8 @@ T nearest_on_list(const Sites& s, const Rings<T>& r, int64_t z, int64_t y, int64
 
 // Squared distance from a voxel to the other surface; seen: the rows and blocks looked at.
 template <class T>
-T nearest_site(const Sites& sites, const Sites& blocks, const Rings<T>& rings, int64_t z, int64_t y, int64_t x,
-               int64_t& seen) {
+T nearest_site(const Sites& sites, const Sites& blocks, const Rings<T>& rings, int64_t z, int64_t y,
+               int64_t x, int64_t& seen) {
   const T d = nearest_on_list(sites, rings, z, y, x, seen);
   return d > rings.beyond ? nearest_by_blocks(sites, blocks, rings.unit, z, y, x, d, seen) : d;
 }
@@ -473,8 +476,8 @@ int64_t map_bytes(const Box& box, bool equal, int threads) {
   const MapShape n(box);
   const bool fp64 = !exact_in_float(box, equal);
   return align(n.voxels() * (fp64 ? 8 : 4)) +
-         align(static_cast<int64_t>(
-             NOISYSEG_ISA::plane_distance_workspace(n.rows, n.columns, threads, fp64)));
+         align(
+             static_cast<int64_t>(NOISYSEG_ISA::plane_distance_workspace(n.rows, n.columns, threads, fp64)));
 }
 
 // A map of squared distances within each plane to the other surface (4 or 8 B written and read per voxel),
@@ -488,13 +491,9 @@ void distances_from_map(const Item& item, const Layout& l, int side, const T uni
   Real* const map = static_cast<Real*>(scratch);
   const Sites sites = sites_of(item, l, 1 - side);
   const double units[2] = {static_cast<double>(unit[flat ? 0 : 1]), static_cast<double>(unit[2])};
-  NOISYSEG_ISA::plane_distance({sites.bits,
-                                sites.plane,
-                                flat ? sites.plane : sites.row,
-                                box.low[2],
-                                {n.planes, n.rows, n.columns}},
-                               units, map, static_cast<char*>(scratch) + align(n.voxels() * sizeof(Real)),
-                               threads);
+  NOISYSEG_ISA::plane_distance(
+      {sites.bits, sites.plane, flat ? sites.plane : sites.row, box.low[2], {n.planes, n.rows, n.columns}},
+      units, map, static_cast<char*>(scratch) + align(n.voxels() * sizeof(Real)), threads);
   for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
     if (flat) {
       y = z;
@@ -525,11 +524,13 @@ bool map_is_cheaper(const Item& item, const Layout& l, int side, int threads) {
   const int64_t cost = (box.shape[1] == 1 ? 4 : 1) * box.shape[0] * box.shape[1] * box.shape[2];
   if (box.count[side] * rings.count <= cost && rings.beyond == formulas::far<T>()) return false;
   const Sites sites = sites_of(item, l, 1 - side), blocks = blocks_at(item, l, 1 - side);
-  return 64 * for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
-           int64_t seen = 0;
-           if (i % 64 == 0) nearest_site(sites, blocks, rings, z, y, x, seen);
-           return seen;
-         }) > cost;
+  return 64 * for_each_voxel(item, l, side, threads,
+                             [&](int64_t i, int64_t z, int64_t y, int64_t x) {
+                               int64_t seen = 0;
+                               if (i % 64 == 0) nearest_site(sites, blocks, rings, z, y, x, seen);
+                               return seen;
+                             }) >
+         cost;
 }
 
 // squared[i] = squared distance of the i-th surface voxel of `side` to the other surface.

@@ -21,7 +21,8 @@ void bind_noise(py::module_& m) {
       "dilate",
       [=](const Array& mask, const Array& radii, const Spacing& spacing, bool erode, const Array& out,
           std::uintptr_t workspace, const Exec& exec) {
-        cpu::dilate(mask, radii, values(spacing).data(), erode, out, reinterpret_cast<void*>(workspace), exec);
+        cpu::dilate(mask, radii, values(spacing).data(), erode, out, reinterpret_cast<void*>(workspace),
+                    exec);
       },
       release_gil());
   m.def("contour_vertices", &contour_vertices, release_gil());

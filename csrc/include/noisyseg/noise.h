@@ -56,7 +56,7 @@ NOISYSEG_NOISE_FUNCTIONS
 size_t dilate_workspace(const Array& mask, const Array& radii, const double* spacing, const Exec& exec);
 void dilate(const Array& mask, const Array& radii, const double* spacing, bool erode, const Array& out,
             void* workspace, const Exec& exec);
-}
+}  // namespace cpu
 namespace cuda {
 NOISYSEG_NOISE_FUNCTIONS
 }
