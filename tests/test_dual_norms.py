@@ -205,6 +205,24 @@ def test_any_shape(batch, channels, size, norm, slope, layout, tangent_strided, 
         close(a, b, 1e-9)
 
 
+@pytest.mark.parametrize("shape", [(70, 3, 4, 4), (5, 2), (33, 5, 1, 1), (40, 3, 7, 9), (2, 300, 2, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_batch_norm_of_small_images(shape, dtype):
+    """Several images of a channel make a row, and more than one row."""
+    tensors, dots, options = case("batch", "prelu", shape)
+    low = [t if t is None else t.to(dtype) for t in tensors]
+    high = [t if t is None else t.double() for t in low]
+    directions = [dots[0].to(dtype), *dots[1:]]
+    close_by = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2}[dtype]
+    wanted = tangents(reference.norm_act, high, [d if d is None else d.double() for d in directions], options)
+    for a, b in zip(tangents(norm_act, low, directions, options), wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=close_by, atol=close_by)
+    cotangent = torch.cos(torch.arange(low[0].numel())).reshape(shape)
+    wanted = gradients(reference.norm_act, high, options, cotangent.double())
+    for a, b in zip(gradients(norm_act, low, options, cotangent.to(dtype)), wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=close_by, atol=20 * close_by)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_large_means_keep_their_digits(layout):
     g = torch.Generator().manual_seed(0)

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from noisyseg_fast import _core, noise, sample, timing
+from noisyseg_fast import _arrays, _core, noise, sample, timing
+from noisyseg_fast.distance import distance_transform_edt
 from noisyseg_fast.noise import Noise
 
 SEEDED = [
@@ -75,6 +76,47 @@ def test_radii_for_each_item():
         together = operator(masks, [1, 0, 2.5], spatial_dims=2)
         for item, mask, r in zip(together, masks, (1, 0, 2.5), strict=True):
             assert np.array_equal(item, operator(mask, r))
+
+
+@pytest.mark.parametrize("shape", [(2, 70), (3, 40, 200), (2, 9, 130, 67), (1, 40, 3, 300)])
+@pytest.mark.parametrize("spacing", [None, (0.7, 1.3, 2.1)])
+def test_rows_of_bits_give_what_distances_give(shape, spacing):
+    """Radii that reach over no, one or several words of 64 pixels, equal to a distance or not, and beyond what is
+    done in bits."""
+    dims, random = len(shape) - 1, np.random.default_rng(0)
+    spacing = spacing and spacing[:dims]
+    masks = timing.blobs(shape, share=0.1)
+    masks[0] &= random.random(shape[1:]) < 0.02
+    distance = distance_transform_edt(masks == 0, spacing, spatial_dims=dims)
+    depth = distance_transform_edt(masks, spacing, spatial_dims=dims)
+    some = [float(d) for d in random.choice(distance[0].ravel(), 4)]
+    bits = 0
+    for radius in [0, 0.99, 1, 1.5, 3, 17, 64, 150, *some]:
+        sizes = (*(1.0,) * (3 - dims), *(spacing or (1.0,) * dims))
+        lead = masks.reshape((shape[0], *(1,) * (3 - dims), *shape[1:]))
+        views = [_arrays.of(x=x).view(x) for x in (lead, np.float32([radius]))]
+        bits += _core.dilate_workspace(*views, sizes, (-1, 0, 1)) > 0
+        assert np.array_equal(noise.dilate(masks, radius, spacing, spatial_dims=dims), distance <= radius)
+        assert np.array_equal(noise.erode(masks, radius, spacing, spatial_dims=dims), depth > radius)
+    assert bits >= 5
+    radii = [1.5, 0, 70][: shape[0]]
+    for item, r, d in zip(
+        noise.dilate(masks, radii, spacing, spatial_dims=dims), radii, distance, strict=True
+    ):
+        assert np.array_equal(item, d <= r)
+
+
+def test_dilation_with_any_number_of_threads():
+    masks = torch.from_numpy(timing.blobs((2, 20, 50, 70)))
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append((noise.dilate(masks, 4, spatial_dims=3), noise.erode(masks, 2, spatial_dims=3)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_erode_or_dilate_does_one_or_the_other():

@@ -99,6 +99,41 @@ def test_numpy_and_torch_agree(n, dtype):
     assert torch.equal(x[chosen].sort(descending=True).values, top.values)
 
 
+def hard_rows(n):
+    """Rows that a sample tells little or nothing of, beside easy ones."""
+    g = torch.Generator().manual_seed(n)
+    x = torch.randn(n, generator=g)
+    yield x
+    yield x.sort().values
+    yield x.round(decimals=1)  # ties inside the bracket
+    yield (x > 1).float()  # two values
+    yield torch.zeros(n)
+    yield torch.where(torch.arange(n) % 64 < 16, x, x * 1e-30)  # as periodic as a sample might be
+    yield torch.cat([torch.zeros(n // 2), x[: n - n // 2]])
+    yield torch.where(torch.rand(n, generator=g) < 0.9, torch.nan, x)
+    yield torch.where(torch.arange(n) < 3, x, torch.nan)
+    yield torch.full((n,), torch.inf)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [16_384, 70_001])
+def test_rows_of_every_kind(n, dtype):
+    """So long that they are searched in a bracket from a sample."""
+    x = torch.stack([row.to(dtype) for row in hard_rows(n)])
+    for q in (0, 0.001, 0.5, 0.9, 1):
+        for rule in ("linear", "higher"):
+            options = {"per_image": True, "interpolation": rule}
+            assert same(pixels.quantile(x, q, **options), reference.quantile(x, q, **options))
+    for k in (1, 17, n // 10, n // 2, n - 1, n):
+        for largest in (True, False):
+            options = {"largest": largest, "per_image": True}
+            assert torch.equal(pixels.topk_mask(x, k, **options), reference.topk_mask(x, k, **options))
+            assert same(pixels.topk_threshold(x, k, **options), reference.topk_threshold(x, k, **options))
+    mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    assert same(pixels.quantile(x, 0.8, mask=mask), reference.quantile(x, 0.8, mask=mask))
+    assert torch.equal(pixels.topk_mask(x, n, mask=mask), reference.topk_mask(x, n, mask=mask))
+
+
 def test_more_values_than_torch_takes():
     many = torch.arange(17 * 2**20, dtype=torch.float32).flip(0)
     with pytest.raises(RuntimeError, match="too large"):

@@ -11,6 +11,7 @@
 // read once, result written twice in 3D (9 bytes per voxel), once in 2D; scratch per thread only.
 #include "noisyseg/distance.h"
 
+#include "cpu/bits.h"
 #include "cpu/edt.h"
 #include "cpu/parallel.h"
 #include "formulas/distance.h"
@@ -69,10 +70,18 @@ inline __attribute__((always_inline)) V load_vector(const T* p) {
 
 template <class I>
 inline __attribute__((always_inline)) bool any(I mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8((__m128i)mask) != 0;
+#else
   uint64_t parts[sizeof(I) / 8], all = 0;
   __builtin_memcpy(parts, &mask, sizeof(I));
   for (uint64_t part : parts) all |= part;
   return all != 0;
+#endif
 }
 
 // The outward search for `lanes` neighbouring outputs. centre: their own f; f_(i-k) and f_(i+k) lie k *
@@ -172,9 +181,11 @@ struct Source {
   bool site_is_nonzero = false;
   bool one_label = false;  // class 1 is this label, not everything but 0
   int64_t label = 0;
+  int64_t first_bit = -1;  // from 0 on: sites are bits of 64-bit words, and strides[0] and [1] in words
 
   // The class of each voxel of a row of axis 2: 1, or 0 for a site.
   const uint8_t* row(int64_t i0, int64_t i1, int64_t from, int64_t n, uint8_t* buffer) const {
+    if (first_bit >= 0) return expand(i0 * strides[0] + i1 * strides[1], first_bit + from, n, buffer);
     const int64_t offset = i0 * strides[0] + i1 * strides[1] + from * strides[2];
     switch (dtype) {
       case DType::i32: return convert<int32_t>(offset, n, buffer);
@@ -206,6 +217,15 @@ struct Source {
   }
 
  private:
+  const uint8_t* expand(int64_t word, int64_t bit, int64_t n, uint8_t* buffer) const {
+    const uint64_t* words = reinterpret_cast<const uint64_t*>(data) + word;
+    for (int64_t i = 0; i < n; i += 8, bit += 8) {
+      const uint64_t* p = words + bit / 64;
+      const uint64_t classes = spread8(~(*p >> bit % 64 | p[1] << 1 << (63 - bit % 64)));
+      __builtin_memcpy(buffer + i, &classes, static_cast<size_t>(n - i < 8 ? n - i : 8));
+    }
+    return buffer;
+  }
   template <class From>
   const uint8_t* convert(int64_t offset, int64_t n, uint8_t* buffer) const {
     const From* from = reinterpret_cast<const From*>(data) + offset;
@@ -538,10 +558,11 @@ int thread_number() {
 #endif
 }
 
-// All three steps for `count` volumes, one behind the other in `out`.
-template <class T, Mode mode, class MakeSource>
+// All three steps for `count` volumes, one behind the other in `out`; after(offset) for each row that is
+// finished, from the cache.
+template <class T, Mode mode, class MakeSource, class After>
 void transform(int64_t count, const Volume& v, const MakeSource& source_of, T* out, char* memory, int threads,
-               Finish finish) {
+               Finish finish, const After& after) {
   const int64_t n0 = v.n[0], n1 = v.n[1], n2 = v.n[2], slices = count * n0;
   if (count * v.size() == 0) return;
   Scratch<T>(memory, v, 0).fill_tables(v);
@@ -554,8 +575,10 @@ void transform(int64_t count, const Volume& v, const MakeSource& source_of, T* o
       T* f = out + slice * n1 * n2;
       const Source source = source_of(slice / n0);
       sweep<T, mode>(source, v, slice % n0, 0, n2, f, s);
-      for (int64_t y = 0; y < n1; ++y)
+      for (int64_t y = 0; y < n1; ++y) {
         search_row<T, mode>(v, source, slice % n0, y, f + y * n2, s, after_rows);
+        if (!planes) after((slice * n1 + y) * n2);
+      }
     }
   } else {
     const int64_t strip = round_up((n2 + threads - 1) / threads, 64), strips = (n2 + strip - 1) / strip;
@@ -568,9 +591,11 @@ void transform(int64_t count, const Volume& v, const MakeSource& source_of, T* o
                      out + slice * n1 * n2, s);
     }
 #pragma omp parallel for schedule(dynamic, 8) num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < slices * n1; ++row)
+    for (int64_t row = 0; row < slices * n1; ++row) {
       search_row<T, mode>(v, source_of(row / n1 / n0), row / n1 % n0, row % n1, out + row * n2,
                           Scratch<T>(memory, v, thread_number()), after_rows);
+      if (!planes) after(row * n2);
+    }
   }
   if (!planes) return;
   const int64_t tiles = (n2 + lanes<T> - 1) / lanes<T>;
@@ -583,7 +608,13 @@ void transform(int64_t count, const Volume& v, const MakeSource& source_of, T* o
       search_tile<T, mode>(v, source, out + item / n1 * v.size(), item % n1, x,
                            n2 - x < lanes<T> ? n2 - x : lanes<T>, s, finish);
     }
+    for (int64_t i0 = 0; i0 < n0; ++i0) after(((item / n1 * n0 + i0) * n1 + item % n1) * n2);
   }
+}
+template <class T, Mode mode, class MakeSource>
+void transform(int64_t count, const Volume& v, const MakeSource& source_of, T* out, char* memory, int threads,
+               Finish finish) {
+  transform<T, mode>(count, v, source_of, out, memory, threads, finish, [](int64_t) {});
 }
 
 // The mask's batch axes, and its classes if each has a map of its own, and its spatial axes as a Volume.
@@ -622,30 +653,40 @@ struct Batch {
   }
 };
 
-// Codes of the boundary convention: 0 on the inner contour, 1 outside, 2 inside.
-void contour_codes(const Source& source, const Volume& v, uint8_t* codes, int64_t i0) {
+// Codes of the boundary convention: 0 on the inner contour, 1 outside, 2 inside. rows: bytes for five rows.
+// Reads each class three times, from the cache, and writes 1 B per voxel.
+void contour_codes(const Source& source, const Volume& v, uint8_t* codes, int64_t i0, uint8_t* rows) {
   const int64_t n1 = v.n[1], n2 = v.n[2];
-  for (int64_t y = 0; y < n1; ++y) {
-    uint8_t* row = codes + (i0 * n1 + y) * n2;
-    source.row(i0, y, 0, n2, row);
-    for (int64_t x = 0; x < n2; ++x) {
-      if (!row[x]) {
-        row[x] = 1;
-        continue;
-      }
-      const auto contour = [&](int axis, int64_t i, bool before, bool after) {
-        const int64_t last = v.n[axis] - 1;
-        const bool at_edge = v.border && axis >= v.first_axis && (i == 0 || i == last);
-        return at_edge || (i > 0 && before) || (i < last && after);
-      };
-      const auto background = [&](int64_t z, int64_t j, int64_t k) {
-        return z >= 0 && z < v.n[0] && j >= 0 && j < n1 && k >= 0 && k < n2 && !source.object(z, j, k);
-      };
-      const bool edge = contour(2, x, background(i0, y, x - 1), background(i0, y, x + 1)) ||
-                        contour(1, y, background(i0, y - 1, x), background(i0, y + 1, x)) ||
-                        contour(0, i0, background(i0 - 1, y, x), background(i0 + 1, y, x));
-      row[x] = edge ? 0 : 2;
+  uint8_t *above = rows, *own = rows + n2, *below = rows + 2 * n2, *before = rows + 3 * n2,
+          *after = rows + 4 * n2;
+  // The classes of row (i0 + dz, y); outside the image those of row (i0, y), which make no contour, or the
+  // background's.
+  const auto neighbour = [&](int axis, int64_t i, int64_t z, int64_t y, const uint8_t* same, uint8_t* to) {
+    if (i >= 0 && i < v.n[axis]) {
+      source.row(z, y, 0, n2, to);
+    } else {
+      const bool site = v.border && axis >= v.first_axis;
+      for (int64_t x = 0; x < n2; ++x) to[x] = site ? 0 : same[x];
     }
+  };
+  source.row(i0, 0, 0, n2, own);
+  neighbour(1, -1, i0, -1, own, above);
+  for (int64_t y = 0; y < n1; ++y) {
+    neighbour(1, y + 1, i0, y + 1, own, below);
+    neighbour(0, i0 - 1, i0 - 1, y, own, before);
+    neighbour(0, i0 + 1, i0 + 1, y, own, after);
+    uint8_t* row = codes + (i0 * n1 + y) * n2;
+    const bool edge = v.border && v.first_axis <= 2;
+    const auto put = [&](int64_t x, uint8_t left, uint8_t right) {
+      const uint8_t all = above[x] & below[x] & before[x] & after[x] & left & right;
+      row[x] = static_cast<uint8_t>(own[x] ? 2 * all : 1);
+    };
+    put(0, !edge, n2 > 1 ? own[1] : !edge);
+#pragma GCC ivdep
+    for (int64_t x = 1; x < n2 - 1; ++x) put(x, own[x - 1], own[x + 1]);
+    if (n2 > 1) put(n2 - 1, own[n2 - 2], !edge);
+    uint8_t* next = above;
+    above = own, own = below, below = next;
   }
 }
 
@@ -822,7 +863,38 @@ void squared_distance_as(const uint8_t* sites, T* out, void* workspace, const in
       1, v, [&](int64_t) { return source; }, out, static_cast<char*>(workspace), threads, Finish::squared);
 }
 
+template <class T>
+void plane_distance_as(const BitPlanes& sites, const double squared_spacing[2], T* out, void* workspace,
+                       int threads) {
+  Volume v;
+  for (int d = 1; d < 3; ++d) v.n[d] = sites.shape[d], v.w2[d] = squared_spacing[d - 1];
+  v.n[0] = 1, v.w2[0] = 1;
+  Source source{reinterpret_cast<const char*>(sites.bits), DType::u8, {sites.plane, sites.row, 0}};
+  source.first_bit = sites.first;
+  transform<T, Mode::sites>(
+      sites.shape[0], v,
+      [&](int64_t plane) {
+        Source s = source;
+        s.data += plane * sites.plane * 8;
+        return s;
+      },
+      out, static_cast<char*>(workspace), threads, Finish::squared);
+}
+
 }  // namespace
+
+size_t plane_distance_workspace(int64_t rows, int64_t columns, int threads, bool fp64) {
+  const int64_t shape[3] = {1, rows, columns};
+  return scratch_bytes(dense(shape, nullptr), threads, fp64);
+}
+void plane_distance(const BitPlanes& sites, const double squared_spacing[2], float* out, void* workspace,
+                    int threads) {
+  plane_distance_as(sites, squared_spacing, out, workspace, threads);
+}
+void plane_distance(const BitPlanes& sites, const double squared_spacing[2], double* out, void* workspace,
+                    int threads) {
+  plane_distance_as(sites, squared_spacing, out, workspace, threads);
+}
 
 size_t squared_distance_workspace(const int64_t shape[3], int threads, bool fp64) {
   return scratch_bytes(dense(shape, nullptr), threads, fp64);
@@ -866,12 +938,13 @@ template <class T>
 void signed_map(const Batch& batch, const DistanceOptions& options, T* phi, char* memory, uint8_t* codes,
                 int threads) {
   const Volume& v = batch.volume;
-  const int64_t voxels = v.size(), slices = batch.count * v.n[0];
+  const int64_t voxels = v.size(), slices = voxels ? batch.count * v.n[0] : 0;
   const SignedMap convention = options.convention;
   if (convention == SignedMap::boundary) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t slice = 0; slice < slices; ++slice)
-      contour_codes(batch.item(slice / v.n[0]), v, codes + slice / v.n[0] * voxels, slice % v.n[0]);
+      contour_codes(batch.item(slice / v.n[0]), v, codes + slice / v.n[0] * voxels, slice % v.n[0],
+                    reinterpret_cast<uint8_t*>(Scratch<T>(memory, v, thread_number()).labels));
     const auto coded = [&](int64_t i) {
       Source s;
       s.data = reinterpret_cast<const char*>(codes + i * voxels);
@@ -881,12 +954,9 @@ void signed_map(const Batch& batch, const DistanceOptions& options, T* phi, char
     };
     Volume plain = v;  // the border is in the codes
     plain.border = false;
-    transform<T, Mode::sites>(batch.count, plain, coded, phi, memory, threads, Finish::root);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t slice = 0; slice < slices; ++slice) {
-      const int64_t at = slice * v.n[1] * v.n[2];
-      for (int64_t i = at; i < at + v.n[1] * v.n[2]; ++i) phi[i] = codes[i] == 2 ? -phi[i] : phi[i];
-    }
+    transform<T, Mode::sites>(batch.count, plain, coded, phi, memory, threads, Finish::root, [&](int64_t at) {
+      for (int64_t i = at; i < at + v.n[2]; ++i) phi[i] = codes[i] == 2 ? -phi[i] : phi[i];
+    });
   } else {
     transform<T, Mode::two_classes>(
         batch.count, v, [&](int64_t i) { return batch.item(i); }, phi, memory, threads, Finish::two_sided);

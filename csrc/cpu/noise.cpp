@@ -3,7 +3,11 @@
 
 #include <cstring>
 
+#include "cpu/bits.h"
 #include "cpu/parallel.h"
+#include "formulas/distance.h"
+#include "formulas/math.h"
+#include "formulas/room.h"
 
 namespace noisyseg::NOISYSEG_ISA {
 namespace {
@@ -108,6 +112,157 @@ void components(const uint8_t* mask, const int64_t n[3], bool full, int32_t* par
       x = run_end(row, next, width);
       for (int64_t i = next; i < x; ++i) out[i] = label;
     }
+  }
+}
+
+// ---- dilation --------------------------------------------------------------------------------------
+
+// The voxels within a radius, row by row: z planes and y rows away, up to x steps along the row.
+struct Reach {
+  int32_t z, y, x;
+};
+constexpr int64_t most_rows = 1024;  // with more a distance transform is quicker
+
+// The rows of a ball and their number, as far as that is at most most_rows; they are not written to a null.
+// Distances are rounded as the distance transform rounds them.
+int64_t ball_rows(const int64_t n[3], const double spacing[3], float radius, Reach* rows) {
+  const auto squared = [&](int axis, int64_t k) {
+    return formulas::squared_step(k, static_cast<float>(spacing[axis] * spacing[axis]));
+  };
+  const auto within = [&](int64_t z, int64_t y, int64_t x) {
+    return formulas::sqrt_((squared(1, y) + squared(2, x)) + squared(0, z)) <= radius;
+  };
+  int64_t count = 0;
+  for (int64_t z = 0; z < n[0] && within(z, 0, 0); ++z)
+    for (int64_t y = 0, x = n[2] - 1; y < n[1] && within(z, y, 0); ++y) {
+      while (!within(z, y, x)) --x;
+      for (int64_t mirror = 0; mirror < 4; ++mirror) {
+        if ((mirror & 1 && !y) || (mirror & 2 && !z)) continue;
+        if (++count > most_rows) return count;
+        if (rows)
+          rows[count - 1] = {static_cast<int32_t>(mirror & 2 ? -z : z),
+                             static_cast<int32_t>(mirror & 1 ? -y : y), static_cast<int32_t>(x)};
+      }
+    }
+  for (int64_t gap = rows ? count / 2 : 0; gap > 0; gap = gap == 2 ? 1 : gap * 5 / 11)  // Shell sort
+    for (int64_t i = gap; i < count; ++i) {
+      const Reach r = rows[i];
+      int64_t j = i;
+      for (; j >= gap && r.x > rows[j - gap].x; j -= gap) rows[j] = rows[j - gap];
+      rows[j] = r;
+    }
+  return count;
+}
+
+struct Dilation {
+  int64_t n[3], planes;      // of one item; of all
+  int64_t words, row, part;  // words of a row's bits; and of zeros behind them; rows worked on at a time
+  int64_t balls, threads;
+  size_t bytes;
+  int64_t* counts;  // (balls): rows of each
+  Reach* rows;      // (balls, most_rows at most)
+  int64_t* span;    // (planes, 2): first row with an object and the one behind the last
+  uint64_t *bits, *scratch;
+
+  Dilation(const Array& mask, const Array& radii, const double* spacing, const Exec& exec, char* memory)
+      : n{mask.shape[1], mask.shape[2], mask.shape[3]}, planes(mask.shape[0] * mask.shape[1]) {
+    const float* radius = static_cast<const float*>(radii.data);
+    balls = radii.shape[0];
+    threads = threads_for(exec, mask.size());
+    int64_t all = 0, reach = 0;
+    for (int64_t i = 0; i < balls; ++i) {
+      Reach first[most_rows];
+      const int64_t count = ball_rows(n, spacing, radius[i], first);
+      bytes = 0;
+      if (count > most_rows || !count) return;  // none: lengths beyond single precision
+      all += count;
+      reach = larger(reach, first[0].x);
+    }
+    words = (n[2] + 63) / 64;
+    row = words + (reach + 64) / 64;
+    part = larger(1, smaller(n[1], 512 / row));
+    formulas::Room room{memory};
+    counts = room.take<int64_t>(balls);
+    rows = room.take<Reach>(all);
+    span = room.take<int64_t>(2 * planes);
+    bits = room.take<uint64_t>(planes * n[1] * row);
+    scratch = room.take<uint64_t>(threads * 2 * (part * row + 2));
+    bytes = room.bytes;
+    if (!memory) return;
+    Reach* to = rows;
+    for (int64_t i = 0; i < balls; ++i) to += counts[i] = ball_rows(n, spacing, radius[i], to);
+  }
+};
+
+// Bits of a plane's voxels that are (not) 0.
+void pack_plane(const Dilation& d, const uint8_t* mask, bool zeros, int64_t plane) {
+  int64_t first = d.n[1], end = 0;
+  for (int64_t y = 0; y < d.n[1]; ++y) {
+    const uint8_t* p = mask + (plane * d.n[1] + y) * d.n[2];
+    uint64_t *to = d.bits + (plane * d.n[1] + y) * d.row, any = 0;
+    for (int64_t w = 0; w < d.row; ++w) {
+      const int64_t left = d.n[2] - 64 * w;
+      to[w] = 0;
+      if (left >= 64)
+        to[w] = zeros ? equal64(p + 64 * w, 0) : ~equal64(p + 64 * w, 0);
+      else
+        for (int64_t i = 0; i < left; ++i) to[w] |= static_cast<uint64_t>((p[64 * w + i] == 0) == zeros) << i;
+      any |= to[w];
+    }
+    if (!any) continue;
+    first = smaller(first, y);
+    end = y + 1;
+  }
+  d.span[2 * plane] = first;
+  d.span[2 * plane + 1] = end;
+}
+
+// Rows [y0, y1) of a plane: rows of the mask by falling reach are joined, and all that are there grow by one
+// voxel along the row for each step from one reach to the next. What grows beyond a row's end lies in the
+// zeros behind it.
+void dilate_rows(const Dilation& d, const Reach* rows, int64_t count, int64_t plane, int64_t y0, int64_t y1,
+                 uint64_t* scratch, uint64_t flip, uint8_t* out) {
+  const int64_t z = plane % d.n[0], size = (y1 - y0) * d.row;
+  uint64_t *grown = scratch + 1, *other = grown + size + 1;
+  for (int64_t i = -1; i <= size; ++i) grown[i] = 0;
+  other[size] = 0;
+  bool any = false;
+  int64_t reach = rows[0].x;
+  const auto grow_to = [&](int64_t x) {
+    for (; reach > x; --reach) {
+      if (!any) continue;
+      const uint64_t* const a = grown;
+      uint64_t* const b = other;
+#pragma GCC ivdep
+      for (int64_t i = 0; i < size; ++i)
+        b[i] = a[i] | a[i] << 1 | a[i] >> 1 | a[i - 1] >> 63 | a[i + 1] << 63;
+      grown = b;
+      other = const_cast<uint64_t*>(a);
+    }
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t v = z + rows[i].z, dy = rows[i].y;
+    grow_to(rows[i].x);
+    if (v < 0 || v >= d.n[0]) continue;
+    const int64_t source = plane + rows[i].z;
+    const int64_t from = larger(y0, d.span[2 * source] - dy), to = smaller(y1, d.span[2 * source + 1] - dy);
+    if (from >= to) continue;
+    any = true;
+    const uint64_t* const a = d.bits + (source * d.n[1] + from + dy) * d.row;
+    uint64_t* const b = grown + (from - y0) * d.row;
+    const int64_t m = (to - from) * d.row;
+#pragma GCC ivdep
+    for (int64_t k = 0; k < m; ++k) b[k] |= a[k];
+  }
+  grow_to(0);
+  for (int64_t y = y0; y < y1; ++y, grown += d.row) {
+    uint8_t* const to = out + (plane * d.n[1] + y) * d.n[2];
+    int64_t x = 0;
+    for (; x + 8 <= d.n[2]; x += 8) {
+      const uint64_t eight = spread8((grown[x / 64] ^ flip) >> x % 64);
+      memcpy(to + x, &eight, 8);
+    }
+    for (; x < d.n[2]; ++x) to[x] = (grown[x / 64] ^ flip) >> x % 64 & 1;
   }
 }
 
@@ -266,6 +421,31 @@ void connected_components(const Array& mask, bool full, const Array& labels, con
                static_cast<int32_t*>(labels.data) + item * size);
 }
 
+size_t dilate_workspace(const Array& mask, const Array& radii, const double* spacing, const Exec& exec) {
+  return Dilation(mask, radii, spacing, exec, nullptr).bytes;
+}
+
+// As bits: reads the mask once and writes the result once (2 B per voxel), and in between takes an operation
+// on a word of 64 voxels for each row of the ball and some for each step of the radius.
+void dilate(const Array& mask, const Array& radii, const double* spacing, bool erode, const Array& out,
+            void* workspace, const Exec& exec) {
+  const Dilation d(mask, radii, spacing, exec, static_cast<char*>(workspace));
+  const int threads = static_cast<int>(d.threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t plane = 0; plane < d.planes; ++plane)
+    pack_plane(d, static_cast<const uint8_t*>(mask.data), erode, plane);
+  const int64_t parts = (d.n[1] + d.part - 1) / d.part;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < d.planes * parts; ++i) {
+    const int64_t plane = i / parts, y = i % parts * d.part, ball = d.balls > 1 ? plane / d.n[0] : 0;
+    const Reach* rows = d.rows;
+    for (int64_t k = 0; k < ball; ++k) rows += d.counts[k];
+    dilate_rows(d, rows, d.counts[ball], plane, y, smaller(y + d.part, d.n[1]),
+                d.scratch + thread_number() * 2 * (d.part * d.row + 2), erode ? ~uint64_t{0} : 0,
+                static_cast<uint8_t*>(out.data));
+  }
+}
+
 void contour_vertices(const Array& labels, const Array& starts, const Array& phases, const Array& out,
                       const Exec& exec) {
   formulas::check_contours(labels, starts, phases, out);
@@ -330,6 +510,13 @@ NOISYSEG_API(void, uniforms, (const Array& keys, int stream, const Array& out, c
 NOISYSEG_API(void, connected_components,
              (const Array& mask, bool full, const Array& labels, const Exec& exec),
              (mask, full, labels, exec))
+NOISYSEG_DISPATCH(size_t, dilate_workspace,
+                  (const Array& mask, const Array& radii, const double* spacing, const Exec& exec),
+                  (mask, radii, spacing, exec))
+NOISYSEG_DISPATCH(void, dilate,
+                  (const Array& mask, const Array& radii, const double* spacing, bool erode, const Array& out,
+                   void* workspace, const Exec& exec),
+                  (mask, radii, spacing, erode, out, workspace, exec))
 NOISYSEG_API(void, contour_vertices,
              (const Array& labels, const Array& starts, const Array& phases, const Array& out,
               const Exec& exec),

@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t tile_values = 4096;   // of channels_last arrays: pixels times channels
 constexpr int64_t tile_channels = 256;  // at most
 constexpr int64_t row_pixels = 1024;    // of channels-first arrays: one channel
+constexpr int64_t small_image = 64;     // pixels: of a batch's statistics several images make a row
 
 // Pixels of a chunk, and chunks of an image.
 int64_t chunk_of(const NormShape& s) {
@@ -231,6 +232,7 @@ struct Norm {
   double* partial;
   T* coefficients;
   int64_t chunk, chunks;
+  int64_t fold, blocks;  // images of a row, gathered where there are several; rows that the batch makes
 
   Norm(const NormInputs& in, const NormOptions& o, bool dual, void* workspace)
       : in(in),
@@ -240,16 +242,47 @@ struct Norm {
         dual(dual),
         partial(static_cast<double*>(workspace)),
         chunk(chunk_of(s)),
-        chunks(chunks_of(s)) {
+        chunks(chunks_of(s)),
+        fold(1) {
+    if (!s.last && s.over_batch && s.batch > 1 && s.pixels > 0 && s.pixels < small_image)
+      fold = s.batch < row_pixels / s.pixels ? s.batch : row_pixels / s.pixels;
+    blocks = fold > 1 ? (s.batch + fold - 1) / fold : s.batch;
     coefficients = reinterpret_cast<T*>(partial + s.batch * s.channels * chunks * 4);
   }
 
   double* part(int64_t b, int64_t c, int64_t k) const {
     return partial + ((b * s.channels + c) * chunks + k) * 4;
   }
-  int64_t pixels_in(int64_t k) const {
+  int64_t images_in(int64_t b) const { return s.batch - b * fold < fold ? s.batch - b * fold : fold; }
+  int64_t pixels_in(int64_t b, int64_t k) const {
+    if (fold > 1) return images_in(b) * s.pixels;
     const int64_t left = s.pixels - k * chunk;
     return left < chunk ? left : chunk;
+  }
+  // A channel's row of n pixels: where it lies or in `buffer`; where to compute one; what brings it home.
+  const T* row(const Array& a, int64_t b, int64_t c, int64_t k, int64_t n, T* buffer) const {
+    if (fold == 1 || !a) return fetch<T>(a, s.offset(b, c, k * chunk), 0, 1, n, buffer).data;
+    for (int64_t i = 0; i < images_in(b); ++i) {
+#define CASE(From)                                                                     \
+  load_row<T, From>(static_cast<const char*>(a.data), s.offset(b * fold + i, c, 0), 1, \
+                    static_cast<int>(s.pixels), buffer + i * s.pixels);
+      NOISYSEG_FLOAT_CASES(a.dtype, CASE)
+#undef CASE
+    }
+    return buffer;
+  }
+  T* row_target(const Array& a, int64_t b, int64_t c, int64_t k, int64_t n, T* buffer) const {
+    return fold == 1 ? place(a, s.offset(b, c, k * chunk), 0, n, buffer).data : buffer;
+  }
+  void put_row(const Array& a, int64_t b, int64_t c, int64_t k, int64_t n, const T* from) const {
+    if (fold == 1) return deliver(a, s.offset(b, c, k * chunk), 0, 1, n, from);
+    for (int64_t i = 0; a && i < images_in(b); ++i) {
+#define CASE(To)                                                                                            \
+  store_row<T, To>(static_cast<char*>(a.data), s.offset(b * fold + i, c, 0), 1, static_cast<int>(s.pixels), \
+                   from + i * s.pixels);
+      NOISYSEG_FLOAT_CASES(a.dtype, CASE)
+#undef CASE
+    }
   }
   T* coefficient(int64_t b, int which) const {
     return coefficients + ((s.over_batch ? 0 : b) * norm_coefficients + which) * s.channels;
@@ -266,19 +299,20 @@ struct Norm {
   }
   bool relu_only() const { return !in.slope && o.slope == 0; }
 
+  int64_t images() const { return s.over_batch ? blocks : 1; }
   // f(b, c) for the channels of group u, of all images that share its statistics.
   template <class F>
   void members(int64_t u, const F& f) const {
     const int64_t first_b = s.over_batch ? 0 : u / s.groups;
     const int64_t first_c = s.over_batch ? u : u % s.groups * s.per_group();
-    for (int64_t b = first_b; b < first_b + s.images(); ++b)
+    for (int64_t b = first_b; b < first_b + images(); ++b)
       for (int64_t c = first_c; c < first_c + s.per_group(); ++c) f(b, c);
   }
   template <class F>
   void members_backwards(int64_t u, const F& f) const {
     const int64_t first_b = s.over_batch ? 0 : u / s.groups;
     const int64_t first_c = s.over_batch ? u : u % s.groups * s.per_group();
-    for (int64_t b = first_b + s.images() - 1; b >= first_b; --b)
+    for (int64_t b = first_b + images() - 1; b >= first_b; --b)
       for (int64_t c = first_c + s.per_group() - 1; c >= first_c; --c) f(b, c);
   }
 
@@ -301,7 +335,7 @@ struct Norm {
       }
       return;
     }
-    const int64_t rows = s.last ? 1 : s.channels, all = s.batch * rows * chunks;
+    const int64_t rows = s.last ? 1 : s.channels, all = blocks * rows * chunks;
     const auto each = [&](const auto& pass, int64_t i) {
       pass(i / (rows * chunks), s.last ? -1 : i / chunks % rows, i % chunks);
     };
@@ -316,17 +350,17 @@ struct Norm {
 
   void row_statistics(int64_t b, int64_t c, int64_t k) const {
     T space[2][row_pixels];
-    const int64_t n = pixels_in(k), at = s.offset(b, c, k * chunk);
-    const T* x = fetch<T>(in.x, at, 0, 1, n, space[0]).data;
+    const int64_t n = pixels_in(b, k);
+    const T* x = row(in.x, b, c, k, n, space[0]);
     double* to = part(b, c, k);
-    const NormMoments m = dual ? row_moments<T, true>(x, fetch<T>(in.x_dot, at, 0, 1, n, space[1]).data, n)
+    const NormMoments m = dual ? row_moments<T, true>(x, row(in.x_dot, b, c, k, n, space[1]), n)
                                : row_moments<T, false>(x, nullptr, n);
     to[0] = m.mean, to[1] = m.squares, to[2] = m.sum_dot, to[3] = m.product;
   }
   void tile_statistics(int64_t b, int64_t k) const {
     T space[2][tile_values], shift[tile_channels], d[tile_channels], dd[tile_channels], t[tile_channels],
         dt[tile_channels];
-    const int64_t n = pixels_in(k);
+    const int64_t n = pixels_in(b, k);
     for (int64_t c = 0; c < s.channels; c += tile_channels) {
       const int64_t wide = s.channels - c < tile_channels ? s.channels - c : tile_channels;
       const int64_t at = s.offset(b, c, k * chunk);
@@ -358,7 +392,7 @@ struct Norm {
     members(u, [&](int64_t b, int64_t c) {
       for (int64_t k = 0; k < chunks; ++k) {
         const double* m = part(b, c, k);
-        mean += static_cast<double>(pixels_in(k)) * m[0];
+        mean += static_cast<double>(pixels_in(b, k)) * m[0];
         t += m[2];
       }
     });
@@ -368,7 +402,7 @@ struct Norm {
       for (int64_t k = 0; k < chunks; ++k) {
         const double* m = part(b, c, k);
         const double off = m[0] - mean;
-        squares += m[1] + static_cast<double>(pixels_in(k)) * off * off;
+        squares += m[1] + static_cast<double>(pixels_in(b, k)) * off * off;
         product += m[3] + off * m[2];
       }
     });
@@ -399,9 +433,9 @@ struct Norm {
 
   void row_forward(int64_t b, int64_t c, int64_t k, const Array& y, const Array& y_dot) const {
     T space[4][row_pixels];
-    const int64_t n = pixels_in(k), at = s.offset(b, c, k * chunk);
-    const T* x = fetch<T>(in.x, at, 0, 1, n, space[0]).data;
-    T* to = place(y, at, 0, n, space[2]).data;
+    const int64_t n = pixels_in(b, k);
+    const T* x = row(in.x, b, c, k, n, space[0]);
+    T* to = row_target(y, b, c, k, n, space[2]);
     const NormCoefficients<T> q = gather(b, c);
     if (!dual) {
       if (relu_only())
@@ -409,19 +443,19 @@ struct Norm {
       else
         row_apply<T, false, false>(x, nullptr, n, q, to, nullptr);
     } else {
-      const T* x_dot = fetch<T>(in.x_dot, at, 0, 1, n, space[1]).data;
-      T* to_dot = place(y_dot, at, 0, n, space[3]).data;
+      const T* x_dot = row(in.x_dot, b, c, k, n, space[1]);
+      T* to_dot = row_target(y_dot, b, c, k, n, space[3]);
       if (relu_only())
         row_apply<T, true, true>(x, x_dot, n, q, to, to_dot);
       else
         row_apply<T, true, false>(x, x_dot, n, q, to, to_dot);
-      deliver(y_dot, at, 0, 1, n, to_dot);
+      put_row(y_dot, b, c, k, n, to_dot);
     }
-    deliver(y, at, 0, 1, n, to);
+    put_row(y, b, c, k, n, to);
   }
   void tile_forward(int64_t b, int64_t k, const Array& y, const Array& y_dot) const {
     T space[4][tile_values];
-    const int64_t n = pixels_in(k);
+    const int64_t n = pixels_in(b, k);
     for (int64_t c = 0; c < s.channels; c += tile_channels) {
       const int64_t wide = s.channels - c < tile_channels ? s.channels - c : tile_channels;
       const int64_t at = s.offset(b, c, k * chunk);
@@ -486,13 +520,13 @@ struct Norm {
 
   void row_backward_sums(int64_t b, int64_t c, int64_t k, const Array& grad_y) const {
     T space[2][row_pixels];
-    const int64_t n = pixels_in(k), at = s.offset(b, c, k * chunk);
-    row_sums(fetch<T>(in.x, at, 0, 1, n, space[0]).data, fetch<T>(grad_y, at, 0, 1, n, space[1]).data, n,
-             gather(b, c), part(b, c, k));
+    const int64_t n = pixels_in(b, k);
+    row_sums(row(in.x, b, c, k, n, space[0]), row(grad_y, b, c, k, n, space[1]), n, gather(b, c),
+             part(b, c, k));
   }
   void tile_backward_sums(int64_t b, int64_t k, const Array& grad_y) const {
     T space[2][tile_values], sums[norm_grad_sums][tile_channels];
-    const int64_t n = pixels_in(k);
+    const int64_t n = pixels_in(b, k);
     for (int64_t c = 0; c < s.channels; c += tile_channels) {
       const int64_t wide = s.channels - c < tile_channels ? s.channels - c : tile_channels;
       const int64_t at = s.offset(b, c, k * chunk);
@@ -546,15 +580,15 @@ struct Norm {
 
   void row_backward(int64_t b, int64_t c, int64_t k, const Array& grad_y, const Array& grad_x) const {
     T space[3][row_pixels];
-    const int64_t n = pixels_in(k), at = s.offset(b, c, k * chunk);
-    T* to = place(grad_x, at, 0, n, space[2]).data;
-    row_gradient(fetch<T>(in.x, at, 0, 1, n, space[0]).data, fetch<T>(grad_y, at, 0, 1, n, space[1]).data, n,
-                 gather_gradient(b, c), to);
-    deliver(grad_x, at, 0, 1, n, to);
+    const int64_t n = pixels_in(b, k);
+    T* to = row_target(grad_x, b, c, k, n, space[2]);
+    row_gradient(row(in.x, b, c, k, n, space[0]), row(grad_y, b, c, k, n, space[1]), n, gather_gradient(b, c),
+                 to);
+    put_row(grad_x, b, c, k, n, to);
   }
   void tile_backward(int64_t b, int64_t k, const Array& grad_y, const Array& grad_x) const {
     T space[3][tile_values];
-    const int64_t n = pixels_in(k);
+    const int64_t n = pixels_in(b, k);
     for (int64_t c = 0; c < s.channels; c += tile_channels) {
       const int64_t wide = s.channels - c < tile_channels ? s.channels - c : tile_channels;
       const int64_t at = s.offset(b, c, k * chunk);
@@ -595,7 +629,7 @@ struct Norm {
     double slope = 0;
     for (int64_t c = 0; c < s.channels; ++c) {
       double sums[norm_grad_sums] = {};
-      for (int64_t b = 0; b < s.batch; ++b) {
+      for (int64_t b = 0; b < blocks; ++b) {
         const double r = all[s.statistic_of(b, c) * norm_stats + 1];
         for (int64_t k = 0; k < chunks; ++k) {
           const double* of = part(b, c, k);

@@ -63,8 +63,8 @@ struct Search {
   }
   void begin() const {
     for (int64_t i = 0; i < rows * targets; ++i) target[i] = {0, 0, 0, 0, 1};
-    memset(counts, 0, static_cast<size_t>(rows * targets * bins * 8));
   }
+  void clear_counts() const { memset(counts, 0, static_cast<size_t>(rows * targets * bins * 8)); }
 };
 
 // After a pass: looks each target's next digit up in the counts, and clears them.
@@ -202,16 +202,250 @@ void count_pass(const Rows& from, const Search& s, const Step& step, typename Ke
   });
 }
 
+// ---- a bracket from a sample -----------------------------------------------------------------------
+
+// Between which keys a row's targets lie is guessed from a sample of it, by three standard deviations on
+// either side. One pass then counts what lies below and lists the few keys between, where the targets are
+// found. A row whose guess was wrong, or whose list overflows, is left to the search over all its values: the
+// answer is the same.
+constexpr int64_t least_bracketed = 1 << 14;  // pixels
+
+int64_t sample_of(int64_t pixels) { return pixels < 1 << 18 ? 1024 : pixels < 1 << 20 ? 4096 : 16384; }
+// 4 / sqrt(sample) of the pixels: a bracket around the median takes 3 / sqrt(sample) of them.
+int64_t listed_of(int64_t pixels) {
+  const int64_t sample = sample_of(pixels);
+  return sample == 1024 ? pixels / 8 : sample == 4096 ? pixels / 16 : pixels / 32;
+}
+
+struct Counted {
+  uint64_t low, high;  // the bracket's ends
+  int64_t below_low, to_low, below_high, to_high, valid, listed;
+  int64_t open;  // whether there is a bracket
+};
+
+struct Brackets {
+  int64_t pixels, capacity;
+  Counted* rows = nullptr;
+  void* lists = nullptr;    // (rows, capacity) keys
+  void* samples = nullptr;  // (threads, sample) keys
+
+  Brackets(DType dtype, int64_t n, int64_t all_pixels, int targets, const Exec& exec, Room& room)
+      : pixels(all_pixels), capacity(pixels < least_bracketed || targets > 2 ? 0 : listed_of(pixels)) {
+    if (!capacity) return;
+    const int64_t size = dtype == DType::f64 ? 8 : 4;
+    rows = room.take<Counted>(n);
+    lists = room.take<char>(n * capacity * size);
+    samples = room.take<char>(most_threads(exec) * sample_of(pixels) * size);
+  }
+};
+
+// The r-th (from 0) of n keys that differ in their lowest `bits` bits only; how many are the same, and r
+// among them; the least of those above it, if there is any. Moves keys about.
+template <class Key>
+struct Found {
+  Key key, next;
+  int64_t rank, here;
+  bool has_next;
+};
+template <class Key>
+Found<Key> find_listed(Key* keys, int64_t n, int64_t r, int bits) {
+  Found<Key> found = {0, static_cast<Key>(~Key{0}), r, n, false};
+  while (bits > 0 && found.here > 1) {
+    constexpr int most = 11;
+    const int width = bits < most ? bits : most, shift = bits - width;
+    const Key mask = static_cast<Key>(last_with(width));
+    uint32_t count[1 << most];
+    memset(count, 0, sizeof(uint32_t) << width);
+    for (int64_t i = 0; i < found.here; ++i) ++count[keys[i] >> shift & mask];
+    Key digit = 0;
+    while (count[digit] <= found.rank) found.rank -= count[digit++];
+    int64_t kept = 0;
+    Key next = found.next;
+    for (int64_t i = 0; i < found.here; ++i) {
+      const Key key = keys[i], own = key >> shift & mask;
+      next = own > digit && key < next ? key : next;
+      keys[i] = keys[kept];  // an exchange, so that no key is lost
+      keys[kept] = key;
+      kept += own == digit;
+    }
+    found.has_next |= next < found.next;
+    found.next = next;
+    found.here = kept;
+    bits = shift;
+  }
+  found.key = keys[0];
+  return found;
+}
+
+// A bracket for each row.
+template <class T>
+void guess(const Rows& from, const Search& s, const Wanted& wanted, typename KeyOf<T>::Key flip,
+           const Brackets& b, const Exec& exec) {
+  using Key = typename KeyOf<T>::Key;
+  const Key none = no_key<Key>(KeyOf<T>::bits);
+  const int64_t size = sample_of(b.pixels), runs = size / 16;
+  for_slices(s.rows, 1, exec, size * 16, [&](int64_t row, int64_t, int64_t, int worker) {
+    Key* const keys = static_cast<Key*>(b.samples) + worker * size;
+    Counted& counted = b.rows[row];
+    counted = {};
+    int64_t valid = 0;
+    for (int64_t i = 0; i < runs; ++i) {  // 16 neighbours at a time, from places without a period
+      const uint64_t mixed = static_cast<uint64_t>(i + 1) * 0x9e3779b97f4a7c15u >> 32;
+      const int64_t step = b.pixels / runs, room = step - 16;
+      Key found[16];
+      load_keys<T>(from, row, i * step + static_cast<int64_t>(mixed % static_cast<uint64_t>(room + 1)), 16,
+                   flip, found);
+      for (const Key key : found) {
+        keys[valid] = key;
+        valid += key != none;
+      }
+    }
+    if (valid < size / 4) return;
+    const double n = static_cast<double>(valid);
+    const double all = static_cast<double>(b.pixels) * n / static_cast<double>(size);
+    const double first = static_cast<double>(first_rank(wanted, row, 0, static_cast<int64_t>(all))) / all;
+    const double share = first < 0 ? 0 : first > 1 ? 1 : first;
+    const double margin = 4 + 3 * sqrt(n * share * (1 - share));
+    const int64_t low = static_cast<int64_t>(share * n - margin),
+                  high = static_cast<int64_t>(share * n + margin) + 1;
+    counted.open = 1;
+    counted.low = low < 0 ? 0 : find_listed(keys, valid, low, KeyOf<T>::bits).key;
+    counted.high = high >= valid ? none : find_listed(keys, valid, high, KeyOf<T>::bits).key;
+  });
+}
+
+template <class T>
+void count_brackets(const Rows& from, const Search& s, typename KeyOf<T>::Key flip, const Brackets& b,
+                    const Exec& exec) {
+  using Key = typename KeyOf<T>::Key;
+  const Key none = no_key<Key>(KeyOf<T>::bits);
+  for_slices(s.rows, b.pixels, exec, 1, [&](int64_t row, int64_t first, int64_t end, int) {
+    Counted& counted = b.rows[row];
+    if (!counted.open) return;
+    Key* const list = static_cast<Key*>(b.lists) + row * b.capacity;
+    const Key low = static_cast<Key>(counted.low), high = static_cast<Key>(counted.high);
+    int64_t sums[5] = {};
+    for (int64_t q = first; q < end; q += block) {
+      const int n = static_cast<int>(smaller(block, end - q));
+      Key keys[block + 32];
+      uint8_t between[block];
+      load_keys<T>(from, row, q, n, flip, keys);
+      for (int i = n; i % 32; ++i) keys[i] = none;
+      Key below_low = 0, to_low = 0, below_high = 0, to_high = 0, valid = 0;
+      for (int i = 0; i < n; ++i) {
+        const Key key = keys[i];
+        below_low += key < low, to_low += key <= low;
+        below_high += key < high, to_high += key <= high;
+        valid += key != none;
+      }
+      const Key found = below_high - to_low;
+      sums[0] += below_low, sums[1] += to_low, sums[2] += below_high, sums[3] += to_high, sums[4] += valid;
+      if (!found || low >= high) continue;
+      for (int i = 0; i < (n + 7) / 8 * 8; ++i) between[i] = (keys[i] > low) & (keys[i] < high);
+      int64_t at;
+#pragma omp atomic capture
+      {
+        at = counted.listed;
+        counted.listed += static_cast<int64_t>(found);
+      }
+      if (at + static_cast<int64_t>(found) > b.capacity) continue;
+      for (int i = 0; i < n; i += 8) {
+        uint64_t eight;
+        memcpy(&eight, between + i, 8);
+        for (; eight; eight &= eight - 1) list[at++] = keys[i + __builtin_ctzll(eight) / 8];
+      }
+    }
+    int64_t* const to[5] = {&counted.below_low, &counted.to_low, &counted.below_high, &counted.to_high,
+                            &counted.valid};
+    for (int k = 0; k < 5; ++k) add(*to[k], sums[k]);
+  });
+}
+
+// Finds a row's targets in its bracket, if they are there. Places are left to be searched, to_choose, where
+// not all of the values that tie with the last are in: such a target is `pending`.
+constexpr int64_t pending = -2;
+
+template <class T>
+void find_in_bracket(const Search& s, const Wanted& wanted, bool to_choose, const Brackets& b, int64_t row) {
+  using Key = typename KeyOf<T>::Key;
+  const Counted& c = b.rows[row];
+  if (!c.open || c.listed > b.capacity) return;
+  Target* const target = s.target + row * s.targets;
+  Target found[2] = {};
+  const Key low = static_cast<Key>(c.low), high = static_cast<Key>(c.high);
+  const bool has_high = c.to_high > c.below_high && c.below_high < c.valid;
+  Key* const list = static_cast<Key*>(b.lists) + row * b.capacity;
+  bool has_next = false;
+  Key key = 0, next = high;
+  int64_t here = 0, place_in = 0;  // how many have the key, and the rank among them
+  for (int r = 0; r < s.targets; ++r) {
+    const int64_t rank = first_rank(wanted, row, r, c.valid);
+    if (rank < 0) {
+      find_none(found[r]);
+      continue;
+    }
+    if (r > 0 && rank == found[0].rank + 1 && place_in + 1 < here) {
+      ++place_in;
+    } else if (r > 0 && rank == found[0].rank + 1) {  // the neighbour
+      if (!has_next) return;
+      key = next;
+    } else if (r > 0) {
+      if (rank != found[0].rank) return;
+    } else if (rank >= c.below_low && rank < c.to_low) {
+      key = low, here = c.to_low - c.below_low, place_in = rank - c.below_low;
+      has_next = c.listed > 0 || has_high;
+      for (int64_t i = 0; i < c.listed; ++i) next = list[i] < next ? list[i] : next;
+    } else if (rank >= c.to_low && rank < c.below_high && c.listed > 0) {
+      int bits = 0;
+      while (bits < KeyOf<T>::bits && (low ^ high) >> bits) ++bits;
+      const Found<Key> f = find_listed(list, c.listed, rank - c.to_low, bits);
+      key = f.key, here = f.here, place_in = f.rank;
+      has_next = f.has_next || has_high;
+      next = f.has_next ? f.next : high;
+    } else if (rank >= c.below_high && rank < c.to_high && has_high) {
+      key = high, here = c.to_high - c.below_high, place_in = rank - c.below_high;
+    } else {
+      return;
+    }
+    found[r].key = key;
+    found[r].rank = to_choose ? place_in : rank;
+    found[r].place = to_choose && place_in + 1 < here ? pending : INT64_MAX;
+  }
+  s.valid[row] = c.valid;
+  for (int r = 0; r < s.targets; ++r) target[r] = found[r];
+}
+
 // Finds the targets of each row.
 template <class T>
 void search(const Rows& from, const Search& s, const Wanted& wanted, bool to_choose,
-            typename KeyOf<T>::Key flip, uint32_t* tables, const Exec& exec) {
+            typename KeyOf<T>::Key flip, const Brackets& brackets, uint32_t* tables, const Exec& exec) {
   s.begin();
+  if (brackets.capacity) {
+    guess<T>(from, s, wanted, flip, brackets, exec);
+    count_brackets<T>(from, s, flip, brackets, exec);
+    const int threads = threads_for(exec, s.rows * brackets.capacity);
+    (void)threads;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < s.rows; ++row) find_in_bracket<T>(s, wanted, to_choose, brackets, row);
+  }
+  const bool closed = !is_open(s.target, s.rows * s.targets);
+  bool waiting = false;
+  for (int64_t k = 0; k < s.rows * s.targets; ++k) waiting |= s.target[k].place == pending;
+  if (closed && !waiting) return;
+  s.clear_counts();
   const int64_t threads = threads_for(exec, s.rows * from.layout.pixels());
   memset(tables, 0, static_cast<size_t>(threads * s.targets * s.bins * copies * 4));
-  const int steps = to_choose ? s.digits.steps() : s.digits.key_steps();
-  for (int i = 0; i < steps && is_open(s.target, s.rows * s.targets); ++i) {
+  const int key_steps = s.digits.key_steps(), steps = to_choose ? s.digits.steps() : key_steps;
+  for (int i = closed ? key_steps : 0; i < steps; ++i) {
     const Step step = s.digits.step(i);
+    if (i == key_steps)
+      for (int64_t k = 0; k < s.rows * s.targets; ++k)
+        if (s.target[k].place == pending) s.target[k].open = 1, s.target[k].place = 0;
+    if (!is_open(s.target, s.rows * s.targets)) {
+      if (i >= key_steps) break;
+      i = key_steps - 1;
+      continue;
+    }
     count_pass<T>(from, s, step, flip, tables, exec);
     narrow(s, step, wanted, to_choose, exec);
   }
@@ -238,7 +472,7 @@ void write_chosen(const Rows& from, const Search& s, Key flip, uint8_t* out, con
   const int64_t pixels = from.layout.pixels();
   for_slices(s.rows, pixels, exec, 1, [&](int64_t row, int64_t first, int64_t end, int) {
     const Target t = s.target[row];
-    const Key last = static_cast<Key>(t.key);
+    const Key last = static_cast<Key>(t.key), with_ties = last < none ? last : none - 1;
     Key keys[block];
     for (int64_t q = first; q < end; q += block) {
       const int n = static_cast<int>(smaller(block, end - q));
@@ -246,8 +480,10 @@ void write_chosen(const Rows& from, const Search& s, Key flip, uint8_t* out, con
       // Places are compared once for a block: 64 bits wide, they would quarter the vectors.
       const int first = t.place < q ? 0 : 1 + static_cast<int>(smaller(t.place - q, n - 1));
       uint8_t* const to = out + row * pixels + q;
-      for (int i = 0; i < first; ++i) to[i] = is_in(last, keys[i], true, none);
-      for (int i = first; i < n; ++i) to[i] = is_in(last, keys[i], false, none);
+#pragma GCC ivdep
+      for (int i = 0; i < first; ++i) to[i] = keys[i] <= with_ties;  // is_in, in vectors
+#pragma GCC ivdep
+      for (int i = first; i < n; ++i) to[i] = keys[i] < last;
     }
   });
 }
@@ -498,6 +734,7 @@ void find_errors(const Labelled& from, const Confident& c, Prune prune, uint8_t*
     numbers_of_row(c.counts + i * c.classes, c.sums[3 * i + 2], static_cast<int>(i), from.classes, prune,
                    c.numbers + i * c.classes);
   c.search.begin();
+  c.search.clear_counts();
   for (int64_t i = 0; i < c.squares; ++i)
     if (c.numbers[i] < 1) find_none(c.search.target[i]);
   const Wanted wanted{nullptr, c.numbers, 0};
@@ -520,6 +757,7 @@ size_t selection_workspace(const Array& values, int targets, const Exec& exec) {
   const int64_t rows = values.shape[0];
   const Search s(digits_of(values.dtype, values.size() / (rows ? rows : 1), targets), rows, targets, room);
   tables_of(s, room, exec);
+  Brackets(values.dtype, rows, values.size() / (rows ? rows : 1), targets, exec, room);
   return room.bytes;
 }
 
@@ -532,10 +770,11 @@ void quantile(const Array& values, const Array& mask, const Quantiles& quantiles
   const int targets = 2 * quantiles.count;
   const Search s(digits_of(values.dtype, from.layout.pixels(), targets), from.layout.batch, targets, room);
   uint32_t* const tables = tables_of(s, room, exec);
-#define CASE(T)                                                                  \
-  {                                                                              \
-    search<T>(from, s, Wanted{quantiles.q, nullptr, 0}, false, 0, tables, exec); \
-    write_quantiles(s, quantiles, static_cast<T*>(out.data));                    \
+  const Brackets brackets(values.dtype, s.rows, from.layout.pixels(), s.targets, exec, room);
+#define CASE(T)                                                                            \
+  {                                                                                        \
+    search<T>(from, s, Wanted{quantiles.q, nullptr, 0}, false, 0, brackets, tables, exec); \
+    write_quantiles(s, quantiles, static_cast<T*>(out.data));                              \
   }
   NOISYSEG_FLOAT_CASES(values.dtype, CASE)
 #undef CASE
@@ -547,13 +786,14 @@ void top_k(const Array& values, const Array& mask, const Array& counts, const To
   Room room{static_cast<char*>(workspace)};
   const Search s(digits_of(values.dtype, from.layout.pixels(), 1), from.layout.batch, 1, room);
   uint32_t* const tables = tables_of(s, room, exec);
+  const Brackets brackets(values.dtype, s.rows, from.layout.pixels(), 1, exec, room);
   const Wanted wanted{nullptr, static_cast<const int64_t*>(counts.data), options.k};
 #define CASE(T)                                                                 \
   {                                                                             \
     using Key = KeyOf<T>::Key;                                                  \
     const Key flip = options.largest ? no_key<Key>(KeyOf<T>::bits) : Key(0);    \
     if (threshold) {                                                            \
-      search<T>(from, s, wanted, false, flip, tables, exec);                    \
+      search<T>(from, s, wanted, false, flip, brackets, tables, exec);          \
       for (int64_t row = 0; row < s.rows; ++row) {                              \
         T& to = static_cast<T*>(threshold.data)[row];                           \
         value_of(s.target[row].key ^ flip, to);                                 \
@@ -561,7 +801,7 @@ void top_k(const Array& values, const Array& mask, const Array& counts, const To
       }                                                                         \
     }                                                                           \
     if (chosen) {                                                               \
-      search<T>(from, s, wanted, true, flip, tables, exec);                     \
+      search<T>(from, s, wanted, true, flip, brackets, tables, exec);           \
       write_chosen<T>(from, s, flip, static_cast<uint8_t*>(chosen.data), exec); \
     }                                                                           \
   }

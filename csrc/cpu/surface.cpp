@@ -4,14 +4,17 @@
 // surface is then a few word operations, and the nearest surface voxel on a row one count of zeros.
 // Each surface voxel looks for the other surface on the rows around it, nearest rows first, until no
 // row can be nearer than what it has found: work follows the distances, and no distance map is made.
-// Where a sample of the voxels says that this would take longer than an exact distance map of the box
-// around both masks (surfaces far apart), the map is made instead.
+// Farther away it looks at blocks of rows first, joined to one. Where a sample of the voxels says that this
+// would take longer than an exact distance map of the box around both masks (surfaces far apart), the map is
+// made instead.
 #include "formulas/surface.h"
 
 #include <cmath>
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/bits.h"
+#include "cpu/edt.h"
 #include "cpu/isa.h"
 #include "noisyseg/surface.h"
 #ifdef _OPENMP
@@ -19,9 +22,6 @@
 #else  // the emulator's build
 #define omp_get_max_threads() 1
 #define omp_get_thread_num() 0
-#endif
-#if defined(__AVX2__) || defined(__SSE2__)
-#include <immintrin.h>
 #endif
 
 namespace noisyseg {
@@ -36,8 +36,6 @@ using formulas::lowest_bit;
 using formulas::MaskBits;
 using formulas::MaskPairs;
 using formulas::max_offsets;
-using formulas::nearest;
-using formulas::nearest_of_all;
 using formulas::Offset;
 using formulas::Rings;
 using formulas::Sites;
@@ -93,30 +91,6 @@ MaskPairs in_memory_order(MaskPairs m) {
 
 // ---- masks to bits ---------------------------------------------------------------------------------
 
-// Bits of the bytes equal to `value`.
-uint64_t equal64(const uint8_t* p, uint8_t value) {
-#if defined(__AVX2__)
-  const __m256i wanted = _mm256_set1_epi8(static_cast<char>(value));
-  const auto part = [&](const uint8_t* q) -> uint32_t {
-    return static_cast<uint32_t>(_mm256_movemask_epi8(
-        _mm256_cmpeq_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)), wanted)));
-  };
-  return part(p) | static_cast<uint64_t>(part(p + 32)) << 32;
-#elif defined(__SSE2__)
-  const __m128i wanted = _mm_set1_epi8(static_cast<char>(value));
-  uint64_t word = 0;
-  for (int i = 0; i < 4; ++i)
-    word |= static_cast<uint64_t>(static_cast<uint32_t>(_mm_movemask_epi8(
-                _mm_cmpeq_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * i)), wanted))))
-            << 16 * i;
-  return word;
-#else
-  uint64_t word = 0;
-  for (int i = 0; i < 64; ++i) word |= static_cast<uint64_t>(p[i] == value) << i;
-  return word;
-#endif
-}
-
 template <class T>
 uint64_t pack_some(const T* p, int64_t stride, int64_t n, int64_t label) {
   uint64_t word = 0;
@@ -151,11 +125,16 @@ struct Box {
   bool map[2];       // whether their distances are to come from a map
 };
 
+// Rows are joined in blocks of block_rows planes by as many rows, for searches far away.
+constexpr int64_t block_rows = 4;
+constexpr int64_t near_rows = 256;  // that a search sees one by one before it goes by blocks
+int64_t blocks_of(int64_t n) { return (n + block_rows - 1) / block_rows; }
+
 // What one item occupies in the first buffer. A row is `words` words of bits and one of zeros, which
 // also stands before the first row: word -1 and word `words` of a row are always there and zero.
 struct Layout {
-  int64_t words, row, plane, volume;                               // in words; row = words + 1
-  int64_t rings, offsets, columns, rows, count, bits, item_bytes;  // offsets in bytes
+  int64_t words, row, plane, volume, blocks;                               // in words; row = words + 1
+  int64_t rings, offsets, columns, rows, count, bits, joined, item_bytes;  // offsets in bytes
 };
 
 Layout layout_of(const int64_t shape[3]) {
@@ -171,7 +150,9 @@ Layout layout_of(const int64_t shape[3]) {
   l.rows = l.columns + align(shape[0] * l.words * 8);  // per plane: OR of all its rows
   l.count = l.rows + align(shape[0] * 2 * 8);          // per plane: first and last row with an object
   l.bits = l.count + align(2 * (shape[0] + 1) * 8);    // per side and plane: surface voxels before it
-  l.item_bytes = l.bits + align(4 * l.volume * 8);
+  l.blocks = blocks_of(shape[0]) * blocks_of(shape[1]) * l.row + 1;
+  l.joined = l.bits + align(4 * l.volume * 8);
+  l.item_bytes = l.joined + align(2 * l.blocks * 8);
   return l;
 }
 
@@ -184,6 +165,7 @@ struct Item {
   int64_t* count[2];
   uint64_t* mask[2];     // word 0 of the first row
   uint64_t* surface[2];  // the same places
+  uint64_t* joined[2];   // word 0 of the first block
 };
 
 Item item_at(void* buffer, const Layout& l, const int64_t shape[3], int64_t item) {
@@ -199,6 +181,7 @@ Item item_at(void* buffer, const Layout& l, const int64_t shape[3], int64_t item
     r.count[side] = reinterpret_cast<int64_t*>(base + l.count) + side * (shape[0] + 1);
     r.mask[side] = bits + side * l.volume + 1;
     r.surface[side] = bits + (2 + side) * l.volume + 1;
+    r.joined[side] = reinterpret_cast<uint64_t*>(base + l.joined) + side * l.blocks + 1;
   }
   return r;
 }
@@ -304,6 +287,27 @@ void extract(const MaskPairs& m, const Layout& l, const SurfaceOptions& o, const
   }
 }
 
+// Blocks of the surfaces' rows inside the box: reads 1/8 B per voxel and side.
+void join_rows(const Layout& l, const Item& item, int threads) {
+  const Box& box = *item.box;
+  const int64_t w0 = box.low[2] / 64, w1 = (box.low[2] + box.shape[2] + 63) / 64;
+  const int64_t planes = blocks_of(box.shape[0]), rows = blocks_of(box.shape[1]);
+  (void)threads;  // without OpenMP
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t bz = 0; bz < planes; ++bz)
+    for (int side = 0; side < 2; ++side)
+      for (int64_t by = 0; by < rows; ++by) {
+        uint64_t* const to = item.joined[side] + (bz * rows + by) * l.row;
+        for (int64_t w = w0 - 1; w <= w1; ++w) to[w] = 0;
+        for (int64_t z = bz * block_rows; z < smaller((bz + 1) * block_rows, box.shape[0]); ++z)
+          for (int64_t y = by * block_rows; y < smaller((by + 1) * block_rows, box.shape[1]); ++y) {
+            const uint64_t* const from =
+                item.surface[side] + (z + box.low[0]) * l.plane + (y + box.low[1]) * l.row;
+            for (int64_t w = w0; w < w1; ++w) to[w] |= from[w];
+          }
+      }
+}
+
 // ---- nearest surface voxel -------------------------------------------------------------------------
 
 // The rows that searches of this item visit.
@@ -325,6 +329,10 @@ void make_rings(const Item& item, const double spacing[3], double common) {
       for (; j >= gap && x.squared < r.offsets[j - gap].squared; j -= gap) r.offsets[j] = r.offsets[j - gap];
       r.offsets[j] = x;
     }
+  if (r.count > near_rows) {
+    r.count = near_rows;
+    r.beyond = r.offsets[near_rows].squared;
+  }
 }
 
 // f(position in the list, z, y, x) for each surface voxel of a side; z, y count from the box's corner,
@@ -358,6 +366,94 @@ Sites sites_of(const Item& item, const Layout& l, int side) {
           {box.shape[0], box.shape[1]}};
 }
 
+Sites blocks_at(const Item& item, const Layout& l, int side) {
+  const Box& box = *item.box;
+  const int64_t rows = blocks_of(box.shape[1]);
+  return {item.joined[side],
+          rows * l.row,
+          l.row,
+          box.low[2] / 64,
+          (box.low[2] + box.shape[2] + 63) / 64,
+          {blocks_of(box.shape[0]), rows}};
+}
+
+// From position i to block b, along an axis: 0 inside.
+int64_t steps_to_block(int64_t i, int64_t b) {
+  const int64_t first = b * block_rows;
+  return i < first ? first - i : i >= first + block_rows ? i - first - block_rows + 1 : 0;
+}
+
+// `best`, or the squared distance from voxel (z, y, x) to the nearest set bit of all rows if that is less.
+// Blocks outwards, and of those that may hold a nearer one the rows. seen: grows by the rows and blocks seen.
+template <class T>
+T nearest_by_blocks(const Sites& s, const Sites& blocks, const T unit[3], int64_t z, int64_t y, int64_t x,
+                    T best, int64_t& seen) {
+  const auto least = [](int64_t k) {
+    return k > 1 ? (k - 1) * block_rows + 1 : k;
+  };  // steps to the k-th away
+  for (int64_t i = 0; i <= 2 * blocks.shape[0]; ++i) {
+    if (formulas::square_of<T>(least((i + 1) / 2), unit[0]) >= best) break;
+    const int64_t bz = formulas::outward(i, z / block_rows);
+    if (bz < 0 || bz >= blocks.shape[0]) continue;
+    const T along_z = formulas::square_of<T>(steps_to_block(z, bz), unit[0]);
+    for (int64_t j = 0; j <= 2 * blocks.shape[1]; ++j) {
+      if (along_z + formulas::square_of<T>(least((j + 1) / 2), unit[1]) >= best) break;
+      const int64_t by = formulas::outward(j, y / block_rows);
+      if (by < 0 || by >= blocks.shape[1]) continue;
+      const T away = along_z + formulas::square_of<T>(steps_to_block(y, by), unit[1]);
+      ++seen;
+      if (away >= best || formulas::on_row(blocks, unit[2], bz, by, x, away, best) >= best) continue;
+      const int64_t z1 = smaller((bz + 1) * block_rows, s.shape[0]);
+      const int64_t y1 = smaller((by + 1) * block_rows, s.shape[1]);
+      for (int64_t v = bz * block_rows; v < z1; ++v)
+        for (int64_t u = by * block_rows; u < y1; ++u) {
+          const T d = formulas::square_of<T>(v - z, unit[0]) + formulas::square_of<T>(u - y, unit[1]);
+          ++seen;
+          if (d < best) best = formulas::on_row(s, unit[2], v, u, x, d, best);
+        }
+    }
+  }
+  return best;
+}
+
+// formulas::nearest, from one window of 64 bits around x on each row where that is enough.
+template <class T>
+T nearest_on_list(const Sites& s, const Rings<T>& r, int64_t z, int64_t y, int64_t x, int64_t& seen) {
+  const uint64_t planes = static_cast<uint64_t>(s.shape[0]), rows = static_cast<uint64_t>(s.shape[1]);
+  const uint64_t* const own = s.bits + z * s.plane + y * s.row + ((x - 32) >> 6);
+  const int64_t plane = s.plane, row = s.row, count = r.count;
+  const int shift = static_cast<int>((x - 32) & 63);
+  const T unit = r.unit[2];
+  T best = formulas::far<T>();
+  int64_t i = 0;
+  for (; i < count; ++i) {
+    const Offset<T> o = r.offsets[i];
+    if (o.squared >= best) break;
+    if (static_cast<uint64_t>(z + o.dz) >= planes || static_cast<uint64_t>(y + o.dy) >= rows) continue;
+    const uint64_t* const p = own + o.dz * plane + o.dy * row;
+    const uint64_t window = p[0] >> shift | p[1] << 1 << (63 - shift);  // bits x - 32 to x + 31
+    if (!window) {
+      if (o.squared + formulas::square_of<T>(32, unit) < best)
+        best = formulas::on_row(s, unit, z + o.dz, y + o.dy, x, o.squared, best);
+      continue;
+    }
+    const int after = lowest_bit(window >> 32 | uint64_t{1} << 40);
+    const int before = 64 - highest_bit((window << 32) | uint64_t{1} << 24);
+    const T d = o.squared + formulas::square_of<T>(after < before ? after : before, unit);
+    best = d < best ? d : best;
+  }
+  seen = i;
+  return best;
+}
+
+// Squared distance from a voxel to the other surface; seen: the rows and blocks looked at.
+template <class T>
+T nearest_site(const Sites& sites, const Sites& blocks, const Rings<T>& rings, int64_t z, int64_t y,
+               int64_t x, int64_t& seen) {
+  const T d = nearest_on_list(sites, rings, z, y, x, seen);
+  return d > rings.beyond ? nearest_by_blocks(sites, blocks, rings.unit, z, y, x, d, seen) : d;
+}
+
 // ---- map of the box, for surfaces far apart --------------------------------------------------------
 
 // A map in single precision is exact for steps of 1 while squared lengths stay below 2^24.
@@ -378,39 +474,14 @@ struct MapShape {
 
 int64_t map_bytes(const Box& box, bool equal, int threads) {
   const MapShape n(box);
-  return align(n.voxels() * (exact_in_float(box, equal) ? 4 : 8)) + threads * align(n.rows * 32);
+  const bool fp64 = !exact_in_float(box, equal);
+  return align(n.voxels() * (fp64 ? 8 : 4)) +
+         align(
+             static_cast<int64_t>(NOISYSEG_ISA::plane_distance_workspace(n.rows, n.columns, threads, fp64)));
 }
 
-// One column of a plane's map: f(y) <- min over u of f(u) + unit (y - u)^2, by the lower envelope of
-// parabolas (Felzenszwalb and Huttenlocher, 2012). room: 4 rows doubles.
-template <class Real>
-void envelope(Real* column, int64_t stride, int64_t rows, double unit, double* room) {
-  double *from = room, *at = room + rows, *height = room + 2 * rows, *result = room + 3 * rows;
-  int64_t top = -1;
-  for (int64_t y = 0; y < rows; ++y) {
-    const double f = static_cast<double>(column[y * stride]), q = static_cast<double>(y);
-    if (f == HUGE_VAL) continue;
-    double begin = -HUGE_VAL;
-    for (; top >= 0; --top) {
-      begin = ((f - height[top]) / unit + q * q - at[top] * at[top]) / (2 * (q - at[top]));
-      if (begin > from[top]) break;
-    }
-    ++top;
-    from[top] = top == 0 ? -HUGE_VAL : begin;
-    at[top] = q;
-    height[top] = f;
-  }
-  if (top < 0) return;
-  for (int64_t y = 0, k = 0; y < rows; ++y) {
-    const double q = static_cast<double>(y);
-    while (k < top && from[k + 1] <= q) ++k;
-    result[y] = height[k] + unit * (q - at[k]) * (q - at[k]);
-  }
-  for (int64_t y = 0; y < rows; ++y) column[y * stride] = static_cast<Real>(result[y]);
-}
-
-// A map of squared distances within each plane to the other surface (4 or 8 B written, then read and
-// written once per voxel), then the last axis where a distance is asked for.
+// A map of squared distances within each plane to the other surface (4 or 8 B written and read per voxel),
+// then the last axis where a distance is asked for.
 template <class T, class Real>
 void distances_from_map(const Item& item, const Layout& l, int side, const T unit[3], double scale,
                         double* squared, void* scratch, int threads) {
@@ -418,45 +489,24 @@ void distances_from_map(const Item& item, const Layout& l, int side, const T uni
   const MapShape n(box);
   const bool flat = box.shape[1] == 1;
   Real* const map = static_cast<Real*>(scratch);
-  double* const room =
-      reinterpret_cast<double*>(static_cast<char*>(scratch) + align(n.voxels() * sizeof(Real)));
   const Sites sites = sites_of(item, l, 1 - side);
-  const auto number = [](T value) { return static_cast<double>(value); };
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-  for (int64_t z = 0; z < n.planes; ++z) {
-    for (int64_t y = 0; y < n.rows; ++y) {
-      Real* const row = map + (z * n.rows + y) * n.columns;
-      const uint64_t* bits = sites.bits + (flat ? y * sites.plane : z * sites.plane + y * sites.row);
-      int64_t last = -1;  // the nearest set bit so far
-      const auto bit = [&](int64_t x) { return bits[(x + box.low[2]) >> 6] >> ((x + box.low[2]) & 63) & 1; };
-      for (int64_t x = 0; x < n.columns; ++x) {
-        if (bit(x)) last = x;
-        row[x] = last < 0 ? static_cast<Real>(HUGE_VAL)
-                          : static_cast<Real>(number((x - last) * (x - last) * unit[2]));
-      }
-      if (last < 0) continue;
-      for (int64_t x = n.columns - 1; x >= 0; --x) {
-        if (row[x] == 0) last = x;
-        const Real d = static_cast<Real>(number((last - x) * (last - x) * unit[2]));
-        if (x <= last && d < row[x]) row[x] = d;
-      }
-    }
-    double* const own = room + (threads > 1 ? omp_get_thread_num() : 0) * (align(n.rows * 32) / 8);
-    for (int64_t x = 0; x < n.columns; ++x)
-      envelope(map + z * n.rows * n.columns + x, n.columns, n.rows, number(unit[flat ? 0 : 1]), own);
-  }
+  const double units[2] = {static_cast<double>(unit[flat ? 0 : 1]), static_cast<double>(unit[2])};
+  NOISYSEG_ISA::plane_distance(
+      {sites.bits, sites.plane, flat ? sites.plane : sites.row, box.low[2], {n.planes, n.rows, n.columns}},
+      units, map, static_cast<char*>(scratch) + align(n.voxels() * sizeof(Real)), threads);
   for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
     if (flat) {
       y = z;
       z = 0;
     }
+    const Real* const column = map + y * n.columns + x - box.low[2];
     double best = HUGE_VAL;
     for (int64_t j = 0; j <= 2 * n.planes; ++j) {
       const int64_t v = formulas::outward(j, z);
-      const double along = number(formulas::square_of<T>(v - z, unit[0]));
+      const double along = static_cast<double>(formulas::square_of<T>(v - z, unit[0]));
       if (along >= best) break;
       if (v < 0 || v >= n.planes) continue;
-      const double d = along + static_cast<double>(map[(v * n.rows + y) * n.columns + x - box.low[2]]);
+      const double d = along + static_cast<double>(column[v * n.rows * n.columns]);
       best = d < best ? d : best;
     }
     squared[i] = best * scale;
@@ -465,22 +515,22 @@ void distances_from_map(const Item& item, const Layout& l, int side, const T uni
 }
 
 // Whether a map of the box is cheaper than searches, from every 64th voxel: a map costs about as much
-// as seeing two rows per voxel of the box, and nearest_of_all sees all rows.
+// as seeing one row per voxel of the box, or four of a flat image, whose searches see rows in turn.
+
 template <class T>
 bool map_is_cheaper(const Item& item, const Layout& l, int side, int threads) {
   const Box& box = *item.box;
   const Rings<T>& rings = *static_cast<const Rings<T>*>(item.rings);
-  const int64_t rows = box.shape[0] * box.shape[1];
-  if (box.count[side] * rings.count <= 2 * rows * box.shape[2] && rings.beyond == formulas::far<T>())
-    return false;
-  const Sites sites = sites_of(item, l, 1 - side);
-  const int64_t seen =
-      for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
-        if (i % 64) return int64_t{0};
-        int64_t n;
-        return nearest(sites, rings, z, y, x, n) <= rings.beyond ? n : n + rows;
-      });
-  return 64 * seen > 2 * rows * box.shape[2];
+  const int64_t cost = (box.shape[1] == 1 ? 4 : 1) * box.shape[0] * box.shape[1] * box.shape[2];
+  if (box.count[side] * rings.count <= cost && rings.beyond == formulas::far<T>()) return false;
+  const Sites sites = sites_of(item, l, 1 - side), blocks = blocks_at(item, l, 1 - side);
+  return 64 * for_each_voxel(item, l, side, threads,
+                             [&](int64_t i, int64_t z, int64_t y, int64_t x) {
+                               int64_t seen = 0;
+                               if (i % 64 == 0) nearest_site(sites, blocks, rings, z, y, x, seen);
+                               return seen;
+                             }) >
+         cost;
 }
 
 // squared[i] = squared distance of the i-th surface voxel of `side` to the other surface.
@@ -491,12 +541,10 @@ void directed_distances(const Item& item, const Layout& l, int side, double comm
   const double scale = common > 0 ? common * common : 1;
   if (!box.map[side]) {
     const Rings<T>& rings = *static_cast<const Rings<T>*>(item.rings);
-    const Sites sites = sites_of(item, l, 1 - side);
+    const Sites sites = sites_of(item, l, 1 - side), blocks = blocks_at(item, l, 1 - side);
     for_each_voxel(item, l, side, threads, [&](int64_t i, int64_t z, int64_t y, int64_t x) {
       int64_t seen;
-      T d = nearest(sites, rings, z, y, x, seen);
-      if (d > rings.beyond) d = nearest_of_all(sites, rings.unit, z, y, x, d);
-      squared[i] = static_cast<double>(d) * scale;
+      squared[i] = static_cast<double>(nearest_site(sites, blocks, rings, z, y, x, seen)) * scale;
       return 0;
     });
     return;
@@ -622,6 +670,7 @@ void prepare(const MaskPairs& m, const Layout& l, const SurfaceOptions& o, int64
   box = find_box(m, l, item);
   extract(m, l, o, item, threads);
   if (!box.count[0] || !box.count[1]) return;
+  join_rows(l, item, threads);
   make_rings<T>(item, m.spacing, common_spacing(m));
   for (int side = 0; side < 2; ++side) box.map[side] = map_is_cheaper<T>(item, l, side, threads);
 }

@@ -2,6 +2,7 @@
 // learning's counts.
 #pragma once
 #include "formulas/dtype.h"
+#include "formulas/room.h"
 #include "formulas/unfused.h"
 #include "layout.h"
 #include "noisyseg/pixels.h"
@@ -270,24 +271,6 @@ static inline int key_bits_of(DType dtype) { return 8 * dtype_size(dtype); }
 static inline Digits digits_of(DType dtype, int64_t pixels, int64_t tables) {
   return {key_bits_of(dtype), bits_for(pixels), tables > 1024 ? 4 : tables > 4 || pixels < 4096 ? 8 : 11};
 }
-
-namespace {
-
-// Walks through a workspace; with a null base it only adds up.
-struct Room {
-  char* at;
-  size_t bytes = 0;
-  template <class T>
-  T* take(int64_t n) {
-    char* const here = at;
-    const size_t taken = (static_cast<size_t>(n) * sizeof(T) + 63) / 64 * 64;
-    bytes += taken;
-    if (at) at += taken;
-    return reinterpret_cast<T*>(here);
-  }
-};
-
-}  // namespace
 
 static inline void check_probabilities(const Array& p) {
   if (p.dtype < DType::f16) throw std::invalid_argument("probabilities must have a floating-point dtype");

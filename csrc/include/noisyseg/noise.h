@@ -48,7 +48,15 @@ struct DeformOptions {
 NOISYSEG_NOISE_FUNCTIONS
 namespace cpu {
 NOISYSEG_NOISE_FUNCTIONS
-}
+
+// mask, out: u8 or b8 (B, n0, n1, n2). out: where sqrt(squared distance) in single precision, as the distance
+// transform rounds it, to the nearest voxel of the mask is at most radii[b], or radii[0] for all: f32 (B) or
+// (1); erode: where that to the nearest voxel outside the mask is more. dilate_workspace is 0 where so many
+// rows of voxels lie within a radius that a distance transform is quicker.
+size_t dilate_workspace(const Array& mask, const Array& radii, const double* spacing, const Exec& exec);
+void dilate(const Array& mask, const Array& radii, const double* spacing, bool erode, const Array& out,
+            void* workspace, const Exec& exec);
+}  // namespace cpu
 namespace cuda {
 NOISYSEG_NOISE_FUNCTIONS
 }
