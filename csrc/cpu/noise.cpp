@@ -158,7 +158,7 @@ struct Dilation {
   int64_t n[3], planes;      // of one item; of all
   int64_t words, row, part;  // words of a row's bits; and of zeros behind them; rows worked on at a time
   int64_t balls, threads;
-  size_t bytes;
+  size_t bytes = 0;
   int64_t* counts;  // (balls): rows of each
   Reach* rows;      // (balls, most_rows at most)
   int64_t* span;    // (planes, 2): first row with an object and the one behind the last
@@ -166,6 +166,7 @@ struct Dilation {
 
   Dilation(const Array& mask, const Array& radii, const double* spacing, const Exec& exec, char* memory)
       : n{mask.shape[1], mask.shape[2], mask.shape[3]}, planes(mask.shape[0] * mask.shape[1]) {
+    if (!mask.size()) return;
     const float* radius = static_cast<const float*>(radii.data);
     balls = radii.shape[0];
     threads = threads_for(exec, mask.size());
@@ -173,7 +174,6 @@ struct Dilation {
     for (int64_t i = 0; i < balls; ++i) {
       Reach first[most_rows];
       const int64_t count = ball_rows(n, spacing, radius[i], first);
-      bytes = 0;
       if (count > most_rows || !count) return;  // none: lengths beyond single precision
       all += count;
       reach = larger(reach, first[0].x);

@@ -525,7 +525,20 @@ void meta_family() {
 
 void noise_family() {
   const Exec exec = place();
-  const int64_t batch = extent(3), kind = pick(3);
+  const int64_t batch = extent(3), kind = pick(4);
+  if (kind == 3) {
+    const Shape shape = {batch, extent(5), extent(9), extent(chance(9) ? 200 : 20)};
+    Tensor mask(shape, pick({DType::u8, DType::b8})), radii({pick(2) ? batch : 1}, DType::f32),
+        out(shape, DType::b8);
+    fill(mask, -1, [&](int64_t, int64_t) { return static_cast<double>(pick(2)); });
+    fill(radii, -1, [&](int64_t, int64_t) { return value(0, 12); });
+    const double spacing[3] = {value(0.1, 3), value(0.1, 3), value(0.1, 3)};
+    const Unchanged same{&mask, &radii};
+    const size_t size = cpu::dilate_workspace(mask.array(), radii.array(), spacing, exec);
+    Memory memory(size);
+    if (size) cpu::dilate(mask.array(), radii.array(), spacing, pick(2), out.array(), memory.get(), exec);
+    return;
+  }
   if (kind == 0) {
     Tensor keys({batch}, DType::i64), out({batch, extent(40)}, DType::f32);
     uniforms(keys.array(), static_cast<int>(pick(5)), out.array(), exec);
