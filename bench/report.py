@@ -212,6 +212,23 @@ def headlines(runs: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def slower(runs: dict[str, dict[str, Any]]) -> str:
+    """Where somebody else is faster: every row in which a peer's median is below ours by more than 5 % and below the
+    fastest fifth of ours."""
+    lines = [_line(["operation", "input", "ours", "faster", "of ours"]), _line(["---"] * 2 + ["---:"] * 3)]
+    for case in (c for run in runs.values() for c in run["cases"]):
+        ours = case["contenders"][OURS]
+        for name, other in case["contenders"].items():
+            if name in (COPY, case.get("baseline")) or _own(name) or not (ours["p50"] and other["p50"]):
+                continue
+            if other["p50"] < min(0.95 * ours["p50"], ours["p20"]):
+                cells = [duration(ours["p50"]), f"{name} {duration(other['p50'])}"]
+                lines.append(
+                    _line([case["operation"], case["input"], *cells, f"{other['p50'] / ours['p50']:.2f}"])
+                )
+    return "\n".join(lines) if len(lines) > 2 else "Nobody, on any row."
+
+
 def floor_of(case: dict[str, Any]) -> tuple[float, str] | None:
     """(seconds, what says so); results from before floors were kept have that of the copy."""
     if case.get("floor_s"):
@@ -417,8 +434,9 @@ def put(page: Path, tables: list[str]) -> None:
 
 
 def update_readme(readme: Path, folder: Path) -> None:
-    """Put the headline table of that machine's results between the README's two marks."""
-    put(readme, [headlines(read(folder))])
+    """Put that machine's headlines, and where others are faster, between the README's marks."""
+    runs = read(folder)
+    put(readme, [headlines(runs), slower(runs)])
 
 
 def performance_tables(root: Path, folder: Path) -> list[str]:

@@ -117,13 +117,24 @@ def test_families_measured_apart_end_in_one_report(tmp_path):
     report.update_readme(readme, tmp_path / "here")  # again: nothing is doubled
     lines = readme.read_text().splitlines()
     assert lines[0] == "# A" and lines[-1] == "B" and "old" not in lines
-    rows = [line for line in lines if "twice" in line]
-    assert len(rows) == 2 and all("x)" in row for row in rows)
+    assert sum("twice" in line and "x)" in line for line in lines) == 2
 
 
 def test_the_readme_holds_the_committed_figures():
     readme = (ROOT / "README.md").read_text()
-    assert report.headlines(report.read(ROOT / "bench" / "results" / "amd-epyc")) in readme
+    runs = report.read(ROOT / "bench" / "results" / "amd-epyc")
+    assert report.headlines(runs) in readme
+    assert report.slower(runs) in readme
+
+
+def test_who_is_faster_is_told():
+    def row(operation, **p50):
+        timed = {name: {"p50": t, "p20": t and 0.9 * t} for name, t in p50.items()}
+        return {"operation": operation, "input": "8", "contenders": {**timed, "copy": {"p50": 0.1}}}
+
+    rows = [row("a", ours=1.0, eager=0.5, other=2.0), row("b", ours=1.0, eager=0.93, other=None)]
+    assert report.slower({"x": {"cases": rows}}).splitlines()[2:] == ["| a | 8 | 1 s | eager 500 ms | 0.50 |"]
+    assert report.slower({"x": {"cases": rows[1:]}}) == "Nobody, on any row."
 
 
 @pytest.fixture
