@@ -112,7 +112,7 @@ def test_families_measured_apart_end_in_one_report(tmp_path):
     text = (tmp_path / "here" / "results.md").read_text()
     assert "losses twice" in text and "distance twice" in text
     readme = tmp_path / "README.md"
-    readme.write_text(f"# A\n{report.BEGIN}\nold\n{report.END}\nB\n")
+    readme.write_text(f"# A\n{report.BEGIN}\nold\n{report.END}\n{report.BEGIN}\n{report.END}\nB\n")
     report.update_readme(readme, tmp_path / "here")
     report.update_readme(readme, tmp_path / "here")  # again: nothing is doubled
     lines = readme.read_text().splitlines()
