@@ -935,8 +935,9 @@ def _object(batch: _Batch, name: str = "masks", any_labels: bool = False) -> Any
         raise TypeError(f"{name} has dtype {dtype}; pass labels: bool or an integer dtype")
     if dtype == "bool":
         return _contiguous(items)
-    if dtype == "uint8" and batch.size and items.max() <= 1:
-        return _contiguous(_as(batch, items, "bool"))
+    dense = items.is_contiguous() if hasattr(items, "is_contiguous") else items.flags.c_contiguous
+    if dtype == "uint8" and batch.size and dense and items.max() <= 1:  # with memory of its own, so it ends
+        return _as(batch, items, "bool")
     inside = items != 0
     if not any_labels and batch.size:
         items = _plain(items, False)
