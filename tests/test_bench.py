@@ -592,3 +592,10 @@ def test_sweeps_cover_size_batch_classes_raters_and_threads():
     case = sweeps._on_threads(lambda: timing.nr_dice_case((1, 1, 64), deadline=0.0), 1)
     assert case.family == "sweeps" and case.input == "1x1x64, 1 thread"
     assert timing.measure(case, 0.01).timings[OURS].state == "ok"
+
+
+def test_a_peer_of_opposite_sign_can_be_the_oracle():
+    """edt.sdf is positive inside; on a mask of one class, and on large volumes, it is what is compared with."""
+    pytest.importorskip("edt")
+    measured = timing.measure(timing.signed_case(np.ones((1, 5, 6, 7), np.uint8), deadline=0.0), 0.01)
+    assert measured.timings[OURS].state == "ok"
