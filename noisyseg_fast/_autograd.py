@@ -69,8 +69,9 @@ class Known:
         self.shape = losses.loss_shape(logits.shape, plan.options, plan.reduction)
         views = [None if x is None else space.view(x) for x in arrays]
         loss = space.view(torch.empty(self.shape, dtype=self.dtype))
-        grad = space.view(torch.empty_like(logits)) if self.keeps else None
-        self.core = _core.LossCall(views, plan.options, plan.reduction, loss, grad)
+        self.core = _core.LossCall(
+            views, plan.options, plan.reduction, loss, space.view(torch.empty_like(logits))
+        )
 
     def __call__(self, arrays: Arrays) -> Tensor:
         arrays = self.plan.arrays(arrays)
@@ -86,7 +87,7 @@ class Known:
         loss = torch.empty(self.shape, dtype=self.dtype)
         grad = self.plan.space.empty_like(arrays[0]) if keep and self.keeps else None
         in_range, kept, sums = self.core.forward(
-            [0 if x is None else x.data_ptr() for x in arrays],
+            _addresses(arrays),
             loss.data_ptr(),
             0 if grad is None else grad.data_ptr(),
             torch.get_num_threads(),
@@ -94,6 +95,34 @@ class Known:
         if not in_range:
             raise losses.bad_label(arrays[0].shape[1])
         return loss, sums, grad if kept else None
+
+    def backward(self, arrays: Arrays, grad_loss: Tensor, sums: bytearray) -> Tensor:
+        if self.shape:  # grad_loss may have strides of its own
+            return losses.backward(
+                self.plan.space, arrays, self.plan.options, self.plan.reduction, grad_loss, sums
+            )
+        grad = self.plan.space.empty_like(arrays[0])
+        self.core.backward(
+            _addresses(arrays), grad_loss.data_ptr(), sums, grad.data_ptr(), torch.get_num_threads()
+        )
+        return grad
+
+    def value_and_grad(self, arrays: Arrays) -> tuple[Tensor, Tensor]:
+        arrays = self.plan.arrays(arrays)
+        if self.shape:
+            return losses.value_and_grad(self.plan.space, arrays, self.plan.options, self.plan.reduction)
+        loss = torch.empty(self.shape, dtype=self.dtype)
+        grad = self.plan.space.empty_like(arrays[0])
+        threads = torch.get_num_threads()
+        if not self.core.value_and_grad(
+            _addresses(arrays), loss.data_ptr(), grad.data_ptr(), self.keeps, threads
+        ):
+            raise losses.bad_label(arrays[0].shape[1])
+        return loss, grad
+
+
+def _addresses(arrays: Arrays) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in arrays]
 
 
 def loss(arrays: Arrays, options: Options, reduction: int) -> Tensor:
@@ -204,23 +233,23 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, known: Known, *arrays: Any) -> Any:
         loss, sums, kept = known.forward(arrays, True)
         ctx.save_for_backward(*arrays)
-        ctx.rest = known.plan, sums, kept
+        ctx.rest = known, sums, kept
         return loss
 
     @staticmethod
     @_of_values
     def backward(ctx: Any, grad_loss: Any) -> Any:
         arrays = ctx.saved_tensors
-        plan, sums, kept = ctx.rest
+        known, sums, kept = ctx.rest
         if torch.is_grad_enabled() or _transforms_active() or forward_ad._current_level >= 0:
-            grad = _Grad.call(grad_loss, None, *arrays, plan.options, plan.reduction)
+            grad = _Grad.call(grad_loss, None, *arrays, known.plan.options, known.plan.reduction)
         elif kept is not None:  # good for one gradient: it becomes that
-            ctx.rest = plan, sums, None
+            ctx.rest = known, sums, None
             # a float32 on the CPU, read in half the time of item()
             one = ctypes.c_float.from_address(grad_loss.data_ptr()).value == 1
             grad = kept if one else kept.mul_(grad_loss)
         else:
-            grad = losses.backward(plan.space, arrays, plan.options, plan.reduction, grad_loss, sums)
+            grad = known.backward(arrays, grad_loss, sums)
         return None, grad, None, None, None, None
 
 

@@ -25,11 +25,12 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from . import _arrays, _core, reference
-from ._autograd import _Function
+from ._autograd import _Function, _of_values
 
 Tensor = torch.Tensor
 
 _NORMS = ("batch", "instance", "group")
+_FLOATS = frozenset(getattr(torch, name) for name in _arrays.FLOATS)
 _transforms_active = torch._C._are_functorch_transforms_active
 
 
@@ -88,7 +89,7 @@ def norm_act(
             y, y_dot, _ = options.forward([p for p, _ in duals], [dot for _, dot in duals])
             return forward_ad.make_dual(y, y_dot)
     if gradient:
-        return _Norm.call(*tensors, options)[0]
+        return _Trained.run(options, *tensors)
     return options.forward(tensors)[0]
 
 
@@ -189,7 +190,7 @@ class _Options:
             and x.device.type in ("cpu", "cuda")
             and x.numel() > 0
             and all(
-                t.device == x.device and str(t.dtype)[6:] in _arrays.FLOATS and t.layout is torch.strided
+                t.device == x.device and t.dtype in _FLOATS and t.layout is torch.strided
                 for t in tensors
                 if t is not None
             )
@@ -248,11 +249,11 @@ class _Options:
         arrays = (view(x), view(x_dot), *(view(t) for pair in pairs for t in pair), view(mean), view(var))
         numbers = self._numbers(x.shape[1])
         stats = torch.empty((self._statistics(x), 4), dtype=torch.float64, device=x.device)
-        workspace = _workspace(space, arrays, numbers)
+        memory = _workspace(space, arrays, numbers)
         y = space.empty_like(x) if value else None
         y_dot = space.empty_like(x) if dual else None
         views = (view(y), view(y_dot), view(stats))
-        _core.norm_forward(arrays, numbers, *views, workspace.data_ptr(), space.exec)
+        _core.norm_forward(arrays, numbers, *views, 0 if memory is None else memory.data_ptr(), space.exec)
         if mean is not None and not self.given and not mean.is_inference():
             torch.autograd.graph.increment_version([v for v in (mean, var) if v is not None])
         return y, y_dot, stats
@@ -272,9 +273,10 @@ class _Options:
             torch.empty(t.shape, dtype=wide, device=x.device) if t is not None and need else None
             for t, need in zip(parameters, needed[1:], strict=False)
         ]
-        workspace = _workspace(space, arrays, numbers)
+        memory = _workspace(space, arrays, numbers)
         views = (view(stats), view(grad_x), *map(view, grads))
-        _core.norm_backward(arrays, numbers, view(grad_y), *views, workspace.data_ptr(), space.exec)
+        address = 0 if memory is None else memory.data_ptr()
+        _core.norm_backward(arrays, numbers, view(grad_y), *views, address, space.exec)
         return grad_x, *(None if g is None else g.to(t.dtype) for g, t in zip(grads, parameters, strict=True))
 
 
@@ -292,12 +294,54 @@ def _view(space: _arrays.Namespace) -> Callable[[Tensor | None], Any]:
 
 
 def _workspace(space: Any, arrays: Any, numbers: Any) -> Any:
-    size = _core.norm_workspace(arrays, numbers, space.exec)
-    return space.empty((size,), "uint8")
+    """None on the CPU, where the compiled module takes what it needs."""
+    if space.device < 0:
+        return None
+    return space.empty((_core.norm_workspace(arrays, numbers, space.exec),), "uint8")
+
+
+def _pulled_back(options: _Options, tensors: Any, stats: Tensor, grad_y: Tensor, needed: Any) -> Any:
+    """The gradients with respect to four tensors, None where none is needed."""
+    if _plain(grad_y, *tensors):
+        return options.backward(tensors, stats, grad_y, needed)
+    wanted = [i for i in range(4) if needed[i]]
+
+    def value(*chosen: Any) -> Any:
+        swapped = list(tensors)
+        for i, t in zip(wanted, chosen, strict=True):
+            swapped[i] = t
+        return options.composed(*swapped, update=False)
+
+    pulled: Any = torch.func.vjp(value, *(tensors[i] for i in wanted))
+    grads = dict(zip(wanted, pulled[1](grad_y), strict=True))
+    return tuple(grads.get(i) for i in range(4))
+
+
+class _Trained(torch.autograd.Function):
+    """y where neither torch.func nor forward mode is active: `_Norm` with half of its Python."""
+
+    run: Any  # apply, without the layer of Python that looks for torch.func
+
+    @staticmethod
+    def forward(ctx: Any, options: _Options, *tensors: Any) -> Any:
+        y, _, ctx.stats = options.forward(tensors)
+        ctx.options = options
+        ctx.save_for_backward(*tensors)
+        return y
+
+    @staticmethod
+    @_of_values
+    def backward(ctx: Any, grad_y: Any) -> Any:
+        return None, *_pulled_back(
+            ctx.options, ctx.saved_tensors, ctx.stats, grad_y, ctx.needs_input_grad[1:]
+        )
+
+
+_Trained.run = super(torch.autograd.Function, _Trained).apply
 
 
 class _Norm(_Function):
-    """(y, stats) of x, weight, bias, slope."""
+    """(y, stats) of x, weight, bias, slope, under torch.func."""
 
     @staticmethod
     def forward(x: Any, weight: Any, bias: Any, slope: Any, options: _Options) -> Any:
@@ -317,20 +361,7 @@ class _Norm(_Function):
         if grad_y is None:
             return (None,) * 5
         *tensors, stats = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:4]
-        if _plain(grad_y, *tensors):
-            return *ctx.options.backward(tensors, stats, grad_y, needed), None
-        wanted = [i for i in range(4) if needed[i]]
-
-        def value(*chosen: Any) -> Any:
-            swapped = list(tensors)
-            for i, t in zip(wanted, chosen, strict=True):
-                swapped[i] = t
-            return ctx.options.composed(*swapped, update=False)
-
-        pulled: Any = torch.func.vjp(value, *(tensors[i] for i in wanted))
-        grads = dict(zip(wanted, pulled[1](grad_y), strict=True))
-        return *(grads.get(i) for i in range(4)), None
+        return *_pulled_back(ctx.options, tensors, stats, grad_y, ctx.needs_input_grad[:4]), None
 
     @staticmethod
     def jvp(ctx: Any, x_dot: Any, weight_dot: Any, bias_dot: Any, slope_dot: Any, _: Any) -> Any:

@@ -713,22 +713,23 @@ def _loss(
     return_grad: bool,
 ) -> Any:
     key = None
-    if eager is not None and not return_grad:
+    if eager is not None:
         key = eager.signature(arrays, options, ignore_index, reduction)
         known = None if key is None else _known.get(key)
         if known is not None:
-            return known(arrays)
+            return known.value_and_grad(arrays) if return_grad else known(arrays)
     plan = _plan(arrays, options, ignore_index, reduction)
     space, given = plan.space, plan.arrays(arrays)
-    if return_grad:
-        loss, grad = value_and_grad(space, given, plan.options, plan.reduction)
-        return space.back(loss), space.back(grad)
     if space.name == "torch":
         from . import _autograd
 
         if key is not None:
             _remember(_known, key, _autograd.Known(plan, given))
-        return _autograd.loss(given, plan.options, plan.reduction)
+        if not return_grad:
+            return _autograd.loss(given, plan.options, plan.reduction)
+    if return_grad:
+        loss, grad = value_and_grad(space, given, plan.options, plan.reduction)
+        return space.back(loss), space.back(grad)
     return space.back(forward(space, given, plan.options, plan.reduction)[0])
 
 

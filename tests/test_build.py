@@ -19,6 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(noisyseg_fast.__file__).parent
 SYSTEM_LIBRARIES = {"gomp", "stdc++", "m", "gcc_s", "c", "pthread", "dl", "rt"}
 
+# With CUDA or without as the module beside us: a compiler's cache, where there is one, has it all.
+CUDA = noisyseg_fast.build_info()["cuda"] is not None and (shutil.which("nvcc") or os.environ.get("CUDACXX"))
+AS_INSTALLED = {k: os.environ[k] for k in ("CUDACXX", "TORCH_CUDA_ARCH_LIST") if CUDA and k in os.environ}
+AS_INSTALLED["NOISYSEG_CUDA"] = "1" if CUDA else "0"
+
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
 on_x86 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="instruction sets of x86-64")
 
@@ -33,7 +38,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def configure(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """CMake's configuration of the library alone, with none of the caller's own switches."""
+    """CMake's configuration of the library alone, with none of the caller's own switches but `environment`."""
     switches = ("NOISYSEG_CUDA", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDACXX", "CUDA_HOME", "CUDA_PATH")
     kept = {k: v for k, v in os.environ.items() if k not in switches}
     command = ["cmake", "-S", str(ROOT), "-B", str(folder), "-DNOISYSEG_PYTHON=OFF", *options]
@@ -95,7 +100,7 @@ def test_code_for_newer_processors_stays_to_itself() -> None:
     """
     folder = ROOT / "build" / "isa"
     generator = ["-G", "Ninja"] if shutil.which("ninja") and not (folder / "Makefile").exists() else []
-    done = configure(folder, *generator, NOISYSEG_CUDA="0")
+    done = configure(folder, *generator, **AS_INSTALLED)
     assert done.returncode == 0, done.stderr
     output("cmake", "--build", folder, "--parallel", "2", "--target", "noisyseg_avx2", "noisyseg_avx512")
     for isa in ("avx2", "avx512"):
@@ -114,7 +119,7 @@ def test_another_cpp_project_finds_the_library(tmp_path: Path) -> None:
     """examples/cpp is built against an installed library, run, and agrees with Python."""
     library = ROOT / "build" / "isa"  # built already for the test above
     generator = ["-G", "Ninja"] if shutil.which("ninja") and not (library / "Makefile").exists() else []
-    done = configure(library, *generator, NOISYSEG_CUDA="0")
+    done = configure(library, *generator, **AS_INSTALLED)
     assert done.returncode == 0, done.stderr
     output("cmake", "--build", library, "--parallel", "2")
     output("cmake", "--install", library, "--prefix", tmp_path / "installed")

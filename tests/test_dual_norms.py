@@ -249,6 +249,29 @@ def test_a_constant_image_and_infinities():
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(3, 2, 4, 4), (2, 3, 40, 50)])
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_squares_beyond_float32(norm, shape, layout):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x[0, 1, 2, 3], x[1, 0, 0, 0] = 1e30, -3e38
+    x, x_dot = laid_out(x, layout), laid_out(torch.randn(shape), layout)
+    options = {"norm": norm}
+    ours = tangents(norm_act, [x, None, None, None], [x_dot, None, None, None], options)
+    wide = [x.double(), None, None, None], [x_dot.double(), None, None, None]
+    for a, b in zip(ours, tangents(reference.norm_act, *wide, options), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_an_infinite_weight_times_what_it_weighs(layout):
+    """By the definition: torch's own kernels multiply the mean by the weight first, and may give NaN."""
+    x = laid_out(torch.randn((2, 3, 8, 8), generator=torch.Generator().manual_seed(0)), layout)
+    weight = torch.tensor([torch.inf, -torch.inf, 1.0])
+    plain, y = norm_act(x), norm_act(x, weight)
+    assert torch.equal(y, plain * weight[:, None, None]) and y[:, :2].isinf().all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(2, 3, 300, 301), (1, 48, 40, 41)])
 @pytest.mark.parametrize("norm", ["batch", "instance", "layer"])
 def test_same_bits_with_any_number_of_threads(layout, shape, norm):

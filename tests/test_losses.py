@@ -953,9 +953,10 @@ def test_return_grad(name: str, dtype: torch.dtype) -> None:
         z = logits.clone().requires_grad_()
         want = ours(name)(z, target, reduction=reduction)
         (want_grad,) = torch.autograd.grad(want.sum(), z)
-        loss, grad = ours(name)(logits, target, reduction=reduction, return_grad=True)
-        assert torch.equal(loss, want)
-        assert torch.equal(grad, want_grad)
+        for _ in range(2):  # the second by what the first one found
+            loss, grad = ours(name)(logits, target, reduction=reduction, return_grad=True)
+            assert torch.equal(loss, want)
+            assert torch.equal(grad, want_grad)
         if dtype != torch.bfloat16:
             loss, grad = ours(name)(logits.numpy(), target.numpy(), reduction=reduction, return_grad=True)
             np.testing.assert_array_equal(grad, want_grad.numpy())
@@ -1270,6 +1271,9 @@ def test_a_second_call_gives_the_same_and_is_known():
             assert len(losses._known) == 1 and torch.equal(first, second)
             a, b = (torch.autograd.grad(x.sum(), z)[0] for x in (first, second))
             assert torch.equal(a, b) and a.abs().sum() > 0
+            loss, grad = function(z, y, **options, return_grad=True)
+            assert len(losses._known) == 1 and torch.equal(loss, first) and torch.equal(grad, a)
+            assert not loss.requires_grad and not grad.requires_grad
 
 
 def test_a_known_call_still_refuses_what_a_signature_does_not_show():
@@ -1277,8 +1281,9 @@ def test_a_known_call_still_refuses_what_a_signature_does_not_show():
     twice(losses.pixel_loss, z, y, weight=w)
     with pytest.raises(ValueError, match="weight requires a gradient"):
         losses.pixel_loss(z, y, weight=w.clone().requires_grad_())
-    with pytest.raises(ValueError, match=r"outside 0\.\.1"):
-        losses.pixel_loss(z, y + 2, weight=w)
+    for return_grad in (False, True):
+        with pytest.raises(ValueError, match=r"outside 0\.\.1"):
+            losses.pixel_loss(z, y + 2, weight=w, return_grad=return_grad)
     with pytest.raises(TypeError, match="weight is a lazily negated view"):
         losses.pixel_loss(z, y, weight=torch.complex(w, -w).conj().imag)
     with pytest.raises(TypeError, match="weight is not dense"):

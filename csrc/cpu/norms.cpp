@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t tile_values = 4096;   // of channels_last arrays: pixels times channels
 constexpr int64_t tile_channels = 256;  // at most
 constexpr int64_t row_pixels = 1024;    // of channels-first arrays: one channel
-constexpr int64_t small_image = 64;     // pixels: of a batch's statistics several images make a row
+constexpr int64_t small_image = 64;     // pixels: of a batch's statistics several images make a tile
 
 // Pixels of a chunk, and chunks of an image.
 int64_t chunk_of(const NormShape& s) {
@@ -87,19 +87,26 @@ double total_of(const T* x) {
 
 // ---- one channel's row of n pixels ----------------------------------------------------------------
 
+// value(i) and dot(i) of n pixels, one after the other in double.
+template <bool dual, class Value, class Dot>
+NormMoments exact_moments(int64_t n, const Value& value, const Dot& dot) {
+  double s = 0, d = 0, dd = 0, t = 0, dt = 0;
+  for (int64_t i = 0; i < n; ++i) s += static_cast<double>(value(i));
+  const double shift = s / static_cast<double>(n);
+  for (int64_t i = 0; i < n; ++i) {
+    const double v = static_cast<double>(value(i)) - shift, w = dual ? static_cast<double>(dot(i)) : 0;
+    d += v, dd += v * v, t += w, dt += v * w;
+  }
+  return moments_from(static_cast<double>(n), shift, d, dd, t, dt);
+}
+
 template <class T, bool dual>
 NormMoments row_moments(const T* x, const T* x_dot, int64_t n) {
   constexpr int L = sum_lanes_of<T>;
-  if (n < L) {  // small images: the lanes' sums would take longer than the pixels
-    double s = 0, d = 0, dd = 0, t = 0, dt = 0;
-    for (int64_t i = 0; i < n; ++i) s += static_cast<double>(x[i]);
-    const double shift = s / static_cast<double>(n);
-    for (int64_t i = 0; i < n; ++i) {
-      const double v = static_cast<double>(x[i]) - shift, w = dual ? static_cast<double>(x_dot[i]) : 0;
-      d += v, dd += v * v, t += w, dt += v * w;
-    }
-    return moments_from(static_cast<double>(n), shift, d, dd, t, dt);
-  }
+  const auto exact = [&] {
+    return exact_moments<dual>(n, [&](int64_t i) { return x[i]; }, [&](int64_t i) { return x_dot[i]; });
+  };
+  if (n < L) return exact();  // small images: the lanes' sums would take longer than the pixels
   T s[L] = {}, t[L] = {};
   int64_t i = 0;
   for (; i + L <= n; i += L) {
@@ -132,7 +139,9 @@ NormMoments row_moments(const T* x, const T* x_dot, int64_t n) {
     dd[i - whole] += v * v;
     if (dual) dt[i - whole] += v * x_dot[i];
   }
-  return moments_from(static_cast<double>(n), static_cast<double>(shift), total_of(d), total_of(dd),
+  const double squares = total_of(dd);
+  if (squares - squares != 0) return exact();  // beyond T
+  return moments_from(static_cast<double>(n), static_cast<double>(shift), total_of(d), squares,
                       dual ? total_of(t) : 0, dual ? total_of(dt) : 0);
 }
 
@@ -194,7 +203,7 @@ void row_gradient(const T* x, const T* grad_y, int64_t n, const NormGradient<T>&
   }
 }
 
-// ---- a tile of `wide` channels of n pixels, channels last -----------------------------------------
+// ---- a tile: rows of `wide` columns, each with sums of its own ------------------------------------
 
 // f(r, l): what to add for channel l of row r. Four rows at a time, so that the sums are seldom stored.
 template <class T, class F>
@@ -211,12 +220,27 @@ void tile_sum(int64_t rows, int64_t wide, T* sum, const F& f) {
   }
 }
 
-// The 8 coefficients of neighbouring channels, each in a row of its own.
+// Part of an array. Channels last: rows are pixels, columns channels. Small images of a batch, channels
+// first: rows are images, columns the pixels of neighbouring channels.
+struct Block {
+  int64_t at, step, rows;        // offset of the first row, from one row to the next, their number
+  int64_t c, channels, columns;  // first channel, number of them, columns of each
+  int64_t wide() const { return channels * columns; }
+};
+
+template <class T>
+double channel_total(const T* sums, const Block& t, int64_t j) {
+  double total = 0;
+  for (int64_t i = 0; i < t.columns; ++i) total += static_cast<double>(sums[j * t.columns + i]);
+  return total;
+}
+
+// The 8 coefficients of neighbouring columns, each in a row of its own.
 template <class T>
 struct Coefficients {
   const T* of;
-  int64_t channels;
-  const T* row(int which) const { return of + which * channels; }
+  int64_t step;
+  const T* row(int which) const { return of + which * step; }
 };
 
 // ---- whole arrays ---------------------------------------------------------------------------------
@@ -232,7 +256,8 @@ struct Norm {
   double* partial;
   T* coefficients;
   int64_t chunk, chunks;
-  int64_t fold, blocks;  // images of a row, gathered where there are several; rows that the batch makes
+  int64_t fold, blocks;  // images of a tile, 1: tiles only of channels_last; how often that makes the batch
+  int64_t fold_channels, channel_blocks;  // channels of such a tile; how many tiles make all
 
   Norm(const NormInputs& in, const NormOptions& o, bool dual, void* workspace)
       : in(in),
@@ -243,49 +268,66 @@ struct Norm {
         partial(static_cast<double*>(workspace)),
         chunk(chunk_of(s)),
         chunks(chunks_of(s)),
-        fold(1) {
-    if (!s.last && s.over_batch && s.batch > 1 && s.pixels > 0 && s.pixels < small_image)
-      fold = s.batch < row_pixels / s.pixels ? s.batch : row_pixels / s.pixels;
-    blocks = fold > 1 ? (s.batch + fold - 1) / fold : s.batch;
+        fold(1),
+        fold_channels(1) {
+    if (!s.last && s.over_batch && s.batch > 1 && s.pixels > 0 && s.pixels < small_image) {
+      constexpr int64_t most = tile_values / tile_channels;
+      fold = s.batch < most ? s.batch : most;
+      fold_channels = tile_channels / s.pixels;
+    }
+    blocks = (s.batch + fold - 1) / fold;
+    channel_blocks = (s.channels + fold_channels - 1) / fold_channels;
     coefficients = reinterpret_cast<T*>(partial + s.batch * s.channels * chunks * 4);
   }
 
   double* part(int64_t b, int64_t c, int64_t k) const {
     return partial + ((b * s.channels + c) * chunks + k) * 4;
   }
+  bool tiled() const { return s.last || fold > 1; }
   int64_t images_in(int64_t b) const { return s.batch - b * fold < fold ? s.batch - b * fold : fold; }
   int64_t pixels_in(int64_t b, int64_t k) const {
     if (fold > 1) return images_in(b) * s.pixels;
     const int64_t left = s.pixels - k * chunk;
     return left < chunk ? left : chunk;
   }
+  // f(block, k of its partial sums) for tile k of images b: of channels_last, or of folded images.
+  template <class F>
+  void tiles(int64_t b, int64_t k, const F& f) const {
+    if (fold > 1) {
+      const int64_t c = k * fold_channels, left = s.channels - c;
+      f(Block{s.offset(b * fold, c, 0), s.channels * s.pixels, images_in(b), c,
+              left < fold_channels ? left : fold_channels, s.pixels},
+        0);
+      return;
+    }
+    for (int64_t c = 0; c < s.channels; c += tile_channels) {
+      const int64_t left = s.channels - c;
+      f(Block{s.offset(b, c, k * chunk), s.channels, pixels_in(b, k), c,
+              left < tile_channels ? left : tile_channels, 1},
+        k);
+    }
+  }
   // A channel's row of n pixels: where it lies or in `buffer`; where to compute one; what brings it home.
   const T* row(const Array& a, int64_t b, int64_t c, int64_t k, int64_t n, T* buffer) const {
-    if (fold == 1 || !a) return fetch<T>(a, s.offset(b, c, k * chunk), 0, 1, n, buffer).data;
-    for (int64_t i = 0; i < images_in(b); ++i) {
-#define CASE(From)                                                                     \
-  load_row<T, From>(static_cast<const char*>(a.data), s.offset(b * fold + i, c, 0), 1, \
-                    static_cast<int>(s.pixels), buffer + i * s.pixels);
-      NOISYSEG_FLOAT_CASES(a.dtype, CASE)
-#undef CASE
-    }
-    return buffer;
+    return fetch<T>(a, s.offset(b, c, k * chunk), 0, 1, n, buffer).data;
   }
   T* row_target(const Array& a, int64_t b, int64_t c, int64_t k, int64_t n, T* buffer) const {
-    return fold == 1 ? place(a, s.offset(b, c, k * chunk), 0, n, buffer).data : buffer;
+    return place(a, s.offset(b, c, k * chunk), 0, n, buffer).data;
   }
   void put_row(const Array& a, int64_t b, int64_t c, int64_t k, int64_t n, const T* from) const {
-    if (fold == 1) return deliver(a, s.offset(b, c, k * chunk), 0, 1, n, from);
-    for (int64_t i = 0; a && i < images_in(b); ++i) {
-#define CASE(To)                                                                                            \
-  store_row<T, To>(static_cast<char*>(a.data), s.offset(b * fold + i, c, 0), 1, static_cast<int>(s.pixels), \
-                   from + i * s.pixels);
-      NOISYSEG_FLOAT_CASES(a.dtype, CASE)
-#undef CASE
-    }
+    deliver(a, s.offset(b, c, k * chunk), 0, 1, n, from);
   }
   T* coefficient(int64_t b, int which) const {
     return coefficients + ((s.over_batch ? 0 : b) * norm_coefficients + which) * s.channels;
+  }
+  // Of a block's columns; `space` for what columns of one channel share.
+  Coefficients<T> columns(int64_t b, const Block& t, T* space) const {
+    if (t.columns == 1) return {coefficient(b, 0) + t.c, s.channels};
+    for (int which = 0; which < norm_coefficients; ++which)
+      for (int64_t j = 0; j < t.channels; ++j)
+        for (int64_t i = 0; i < t.columns; ++i)
+          space[which * tile_channels + j * t.columns + i] = coefficient(b, which)[t.c + j];
+    return {space, tile_channels};
   }
   NormCoefficients<T> gather(int64_t b, int64_t c) const {
     const T* k = coefficient(b, 0) + c;
@@ -316,13 +358,13 @@ struct Norm {
       for (int64_t c = first_c + s.per_group() - 1; c >= first_c; --c) f(b, c);
   }
 
-  // pass1(b, c, k) over channels-first rows or channels_last tiles (c = -1), finish(u) of each group, pass2.
-  // The second pass goes backwards.
+  // pass1(b, c, k) over channels-first rows or tiles (c = -1), finish(u) of each group, pass2. The second
+  // pass goes backwards.
   template <class Pass1, class Finish, class Pass2>
   void run(const Exec& exec, const Pass1& pass1, const Finish& finish, const Pass2& pass2) const {
     const int threads = threads_for(exec, s.batch * s.channels * s.pixels);
     const int64_t units = s.statistics();
-    if (!s.last && units >= threads) {
+    if (!tiled() && units >= threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
       for (int64_t u = 0; u < units; ++u) {
         members(u, [&](int64_t b, int64_t c) {
@@ -335,9 +377,19 @@ struct Norm {
       }
       return;
     }
-    const int64_t rows = s.last ? 1 : s.channels, all = blocks * rows * chunks;
+    if (fold > 1 && channel_blocks >= threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+      for (int64_t k = 0; k < channel_blocks; ++k) {
+        for (int64_t b = 0; b < blocks; ++b) pass1(b, -1, k);
+        for (int64_t u = k * fold_channels; u < units && u < (k + 1) * fold_channels; ++u) finish(u);
+        for (int64_t b = blocks - 1; b >= 0; --b) pass2(b, -1, k);
+      }
+      return;
+    }
+    const int64_t rows = tiled() ? 1 : s.channels, parts = fold > 1 ? channel_blocks : chunks;
+    const int64_t all = blocks * rows * parts;
     const auto each = [&](const auto& pass, int64_t i) {
-      pass(i / (rows * chunks), s.last ? -1 : i / chunks % rows, i % chunks);
+      pass(i / (rows * parts), tiled() ? -1 : i / parts % rows, i % parts);
     };
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < all; ++i) each(pass1, i);
@@ -360,30 +412,42 @@ struct Norm {
   void tile_statistics(int64_t b, int64_t k) const {
     T space[2][tile_values], shift[tile_channels], d[tile_channels], dd[tile_channels], t[tile_channels],
         dt[tile_channels];
-    const int64_t n = pixels_in(b, k);
-    for (int64_t c = 0; c < s.channels; c += tile_channels) {
-      const int64_t wide = s.channels - c < tile_channels ? s.channels - c : tile_channels;
-      const int64_t at = s.offset(b, c, k * chunk);
-      const Tile<T> x = fetch<T>(in.x, at, s.channels, n, wide, space[0]);
+    tiles(b, k, [&](const Block& block, int64_t at) {
+      const int64_t n = block.rows, wide = block.wide();
+      const double count = static_cast<double>(n * block.columns);
+      const Tile<T> x = fetch<T>(in.x, block.at, block.step, n, wide, space[0]);
       tile_sum(n, wide, d, [&](int64_t r, int64_t l) { return x.data[r * x.step + l]; });
-      for (int64_t l = 0; l < wide; ++l) shift[l] = d[l] / static_cast<T>(n);
+      for (int64_t j = 0; j < block.channels; ++j) {
+        const T mean = static_cast<T>(channel_total(d, block, j) / count);
+        for (int64_t i = 0; i < block.columns; ++i) shift[j * block.columns + i] = mean;
+      }
       const auto off = [&](int64_t r, int64_t l) { return x.data[r * x.step + l] - shift[l]; };
       tile_sum(n, wide, d, off);
       tile_sum(n, wide, dd, [&](int64_t r, int64_t l) { return off(r, l) * off(r, l); });
+      Tile<T> y{};
       if (dual) {
-        const Tile<T> y = fetch<T>(in.x_dot, at, s.channels, n, wide, space[1]);
+        y = fetch<T>(in.x_dot, block.at, block.step, n, wide, space[1]);
         tile_sum(n, wide, t, [&](int64_t r, int64_t l) { return y.data[r * y.step + l]; });
         tile_sum(n, wide, dt, [&](int64_t r, int64_t l) { return off(r, l) * y.data[r * y.step + l]; });
       }
-      for (int64_t l = 0; l < wide; ++l) {
-        const NormMoments m =
-            moments_from(static_cast<double>(n), static_cast<double>(shift[l]), static_cast<double>(d[l]),
-                         static_cast<double>(dd[l]), dual ? static_cast<double>(t[l]) : 0,
-                         dual ? static_cast<double>(dt[l]) : 0);
-        double* to = part(b, c + l, k);
+      for (int64_t j = 0; j < block.channels; ++j) {
+        const int64_t first = j * block.columns;
+        const double squares = channel_total(dd, block, j);
+        NormMoments m;
+        if (squares - squares == 0) {
+          m = moments_from(count, static_cast<double>(shift[first]), channel_total(d, block, j), squares,
+                           dual ? channel_total(t, block, j) : 0, dual ? channel_total(dt, block, j) : 0);
+        } else {  // beyond T
+          const auto of = [&](const Tile<T>& a) {
+            return [&](int64_t i) { return a.data[i / block.columns * a.step + first + i % block.columns]; };
+          };
+          m = dual ? exact_moments<true>(n * block.columns, of(x), of(y))
+                   : exact_moments<false>(n * block.columns, of(x), of(x));
+        }
+        double* to = part(b, block.c + j, at);
         to[0] = m.mean, to[1] = m.squares, to[2] = m.sum_dot, to[3] = m.product;
       }
-    }
+    });
   }
 
   // The group's moments, joined from its chunks' around the common mean.
@@ -454,19 +518,17 @@ struct Norm {
     put_row(y, b, c, k, n, to);
   }
   void tile_forward(int64_t b, int64_t k, const Array& y, const Array& y_dot) const {
-    T space[4][tile_values];
-    const int64_t n = pixels_in(b, k);
-    for (int64_t c = 0; c < s.channels; c += tile_channels) {
-      const int64_t wide = s.channels - c < tile_channels ? s.channels - c : tile_channels;
-      const int64_t at = s.offset(b, c, k * chunk);
-      const Coefficients<T> q{coefficient(b, 0) + c, s.channels};
-      const Tile<T> x = fetch<T>(in.x, at, s.channels, n, wide, space[0]);
-      const Target<T> to = place(y, at, s.channels, wide, space[2]);
+    T space[4][tile_values], shared[norm_coefficients * tile_channels];
+    tiles(b, k, [&](const Block& block, int64_t) {
+      const int64_t n = block.rows, wide = block.wide(), at = block.at, step = block.step;
+      const Coefficients<T> q = columns(b, block, shared);
+      const Tile<T> x = fetch<T>(in.x, at, step, n, wide, space[0]);
+      const Target<T> to = place(y, at, step, wide, space[2]);
       Tile<T> x_dot{};
       Target<T> to_dot{};
       if (dual) {
-        x_dot = fetch<T>(in.x_dot, at, s.channels, n, wide, space[1]);
-        to_dot = place(y_dot, at, s.channels, wide, space[3]);
+        x_dot = fetch<T>(in.x_dot, at, step, n, wide, space[1]);
+        to_dot = place(y_dot, at, step, wide, space[3]);
       }
       const T *mean = q.row(0), *mean_dot = q.row(1), *scale = q.row(2), *bend = q.row(3), *shift = q.row(4),
               *shift_dot = q.row(5), *slope = q.row(6), *slope_dot = q.row(7);
@@ -497,9 +559,9 @@ struct Norm {
           for (int64_t l = 0; l < wide; ++l) out[l] = activate(out[l], slope[l]);
         }
       }
-      deliver(y, at, s.channels, n, wide, to.data);
-      if (dual) deliver(y_dot, at, s.channels, n, wide, to_dot.data);
-    }
+      deliver(y, at, step, n, wide, to.data);
+      if (dual) deliver(y_dot, at, step, n, wide, to_dot.data);
+    });
   }
 
   void forward(const Array& y, const Array& y_dot, const Array& stats, const Exec& exec) const {
@@ -508,11 +570,11 @@ struct Norm {
         exec,
         [&](int64_t b, int64_t c, int64_t k) {
           if (o.given) return;
-          s.last ? tile_statistics(b, k) : row_statistics(b, c, k);
+          tiled() ? tile_statistics(b, k) : row_statistics(b, c, k);
         },
         [&](int64_t u) { finish_forward(u, all); },
         [&](int64_t b, int64_t c, int64_t k) {
-          s.last ? tile_forward(b, k, y, y_dot) : row_forward(b, c, k, y, y_dot);
+          tiled() ? tile_forward(b, k, y, y_dot) : row_forward(b, c, k, y, y_dot);
         });
   }
 
@@ -525,14 +587,12 @@ struct Norm {
              part(b, c, k));
   }
   void tile_backward_sums(int64_t b, int64_t k, const Array& grad_y) const {
-    T space[2][tile_values], sums[norm_grad_sums][tile_channels];
-    const int64_t n = pixels_in(b, k);
-    for (int64_t c = 0; c < s.channels; c += tile_channels) {
-      const int64_t wide = s.channels - c < tile_channels ? s.channels - c : tile_channels;
-      const int64_t at = s.offset(b, c, k * chunk);
-      const Tile<T> x = fetch<T>(in.x, at, s.channels, n, wide, space[0]);
-      const Tile<T> g = fetch<T>(grad_y, at, s.channels, n, wide, space[1]);
-      const Coefficients<T> q{coefficient(b, 0) + c, s.channels};
+    T space[2][tile_values], sums[norm_grad_sums][tile_channels], shared[norm_coefficients * tile_channels];
+    tiles(b, k, [&](const Block& block, int64_t at) {
+      const int64_t n = block.rows, wide = block.wide();
+      const Tile<T> x = fetch<T>(in.x, block.at, block.step, n, wide, space[0]);
+      const Tile<T> g = fetch<T>(grad_y, block.at, block.step, n, wide, space[1]);
+      const Coefficients<T> q = columns(b, block, shared);
       const T *mean = q.row(0), *scale = q.row(2), *shift = q.row(4), *slope = q.row(6);
       const auto off = [&](int64_t r, int64_t l) { return x.data[r * x.step + l] - mean[l]; };
       const auto before = [&](int64_t r, int64_t l) { return scale[l] * off(r, l) + shift[l]; };
@@ -547,12 +607,12 @@ struct Norm {
           const T v = before(r, l), h = g.data[r * g.step + l] * v;
           return v > T(0) ? T(0) : h;
         });
-      for (int64_t l = 0; l < wide; ++l) {
-        double* to = part(b, c + l, k);
-        for (int v = 0; v < norm_grad_sums; ++v) to[v] = static_cast<double>(sums[v][l]);
+      for (int64_t j = 0; j < block.channels; ++j) {
+        double* to = part(b, block.c + j, at);
+        for (int v = 0; v < norm_grad_sums - !in.slope; ++v) to[v] = channel_total(sums[v], block, j);
         if (!in.slope) to[2] = 0;
       }
-    }
+    });
   }
 
   // The group's projections; the gradient's coefficients take the place of the forward ones.
@@ -587,15 +647,13 @@ struct Norm {
     put_row(grad_x, b, c, k, n, to);
   }
   void tile_backward(int64_t b, int64_t k, const Array& grad_y, const Array& grad_x) const {
-    T space[3][tile_values];
-    const int64_t n = pixels_in(b, k);
-    for (int64_t c = 0; c < s.channels; c += tile_channels) {
-      const int64_t wide = s.channels - c < tile_channels ? s.channels - c : tile_channels;
-      const int64_t at = s.offset(b, c, k * chunk);
-      const Tile<T> x = fetch<T>(in.x, at, s.channels, n, wide, space[0]);
-      const Tile<T> g = fetch<T>(grad_y, at, s.channels, n, wide, space[1]);
-      const Target<T> to = place(grad_x, at, s.channels, wide, space[2]);
-      const Coefficients<T> q{coefficient(b, 0) + c, s.channels};
+    T space[3][tile_values], shared[norm_coefficients * tile_channels];
+    tiles(b, k, [&](const Block& block, int64_t) {
+      const int64_t n = block.rows, wide = block.wide(), at = block.at, step = block.step;
+      const Tile<T> x = fetch<T>(in.x, at, step, n, wide, space[0]);
+      const Tile<T> g = fetch<T>(grad_y, at, step, n, wide, space[1]);
+      const Target<T> to = place(grad_x, at, step, wide, space[2]);
+      const Coefficients<T> q = columns(b, block, shared);
       const T *mean = q.row(0), *scale = q.row(1), *shift = q.row(2), *slope = q.row(3), *constant = q.row(4),
               *linear = q.row(5);
       for (int64_t r = 0; r < n; ++r) {
@@ -607,8 +665,8 @@ struct Norm {
           out[l] = (v > T(0) ? scale[l] : low) * grad[l] - (constant[l] + linear[l] * d);
         }
       }
-      deliver(grad_x, at, s.channels, n, wide, to.data);
-    }
+      deliver(grad_x, at, step, n, wide, to.data);
+    });
   }
 
   void backward(const Array& grad_y, const Array& stats, const Array& grad_x, const Array& grad_weight,
@@ -618,12 +676,12 @@ struct Norm {
     run(
         exec,
         [&](int64_t b, int64_t c, int64_t k) {
-          s.last ? tile_backward_sums(b, k, grad_y) : row_backward_sums(b, c, k, grad_y);
+          tiled() ? tile_backward_sums(b, k, grad_y) : row_backward_sums(b, c, k, grad_y);
         },
         [&](int64_t u) { finish_backward(u, all); },
         [&](int64_t b, int64_t c, int64_t k) {
           if (!grad_x) return;
-          s.last ? tile_backward(b, k, grad_y, grad_x) : row_backward(b, c, k, grad_y, grad_x);
+          tiled() ? tile_backward(b, k, grad_y, grad_x) : row_backward(b, c, k, grad_y, grad_x);
         });
     const NormVector to[3] = {norm_vector(grad_bias), norm_vector(grad_weight), norm_vector(grad_slope)};
     double slope = 0;

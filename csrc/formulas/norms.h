@@ -116,7 +116,7 @@ NOISYSEG_FORMULA void update_running(const NormVector& mean, const NormVector& v
 
 // y = act(scale (x - mean) + shift), and along x_dot
 // scale (x_dot - mean_dot) + bend (x - mean) + shift_dot before the activation. The mean in T is off by its
-// rounding, which the shifts take back.
+// rounding, which the shifts take back; under an infinite weight they do not, or all would be NaN.
 template <class T>
 struct NormCoefficients {
   T mean, mean_dot, scale, bend, shift, shift_dot, slope, slope_dot;
@@ -130,12 +130,13 @@ NOISYSEG_FORMULA NormCoefficients<T> coefficients_of(const double* stats, const 
   const double bend = value_at(p.weight_dot, c, 0) * r - scale * r * r * stats[3];
   const T mean = static_cast<T>(stats[0]), mean_dot = static_cast<T>(stats[2]);
   const double off = static_cast<double>(mean) - stats[0], off_dot = static_cast<double>(mean_dot) - stats[2];
+  const bool finite = scale - scale == 0;
   return {mean,
           mean_dot,
           static_cast<T>(scale),
           static_cast<T>(bend),
-          static_cast<T>(value_at(p.bias, c, 0) + scale * off),
-          static_cast<T>(value_at(p.bias_dot, c, 0) + bend * off + scale * off_dot),
+          static_cast<T>(value_at(p.bias, c, 0) + (finite ? scale * off : 0)),
+          static_cast<T>(value_at(p.bias_dot, c, 0) + (finite ? bend * off + scale * off_dot : 0)),
           static_cast<T>(value_at(p.slope, c, p.constant_slope)),
           static_cast<T>(value_at(p.slope_dot, c, 0))};
 }

@@ -51,25 +51,60 @@ using Address = std::uintptr_t;
 
 namespace {
 
-// loss_forward on the CPU for arrays of which all but the addresses is known from an earlier call.
+// A loss on the CPU, of arrays of which all but the addresses is known from an earlier call.
 class LossCall {
   static constexpr const char* names[] = {"logits", "target", "weight", "mask", "class_weight"};
+  using Addresses = std::array<Address, 5>;  // 0: not given
 
  public:
   LossCall(const std::array<Array, 5>& inputs, const LossOptions& options, int reduction, const Array& loss,
-           const Array& keep)
+           const Array& grad)
       : inputs_(inputs),
         loss_(loss),
-        keep_(keep),
+        grad_(grad),
         options_(options),
         reduction_(static_cast<Reduction>(reduction)),
         sums_(sizeof(double) * 5 * inputs[0].shape[0] * (inputs[0].shape[1] + 1)),
         workspace_(loss_workspace(inputs[0], Exec{})) {}
 
-  // (labels_in_range, kept, sums as a bytearray); an input that is not given has address 0
-  py::tuple forward(const std::array<Address, 5>& addresses, Address loss_address, Address keep_address,
-                    int threads) const {
-    py::bytearray result(nullptr, sums_);
+  // (labels_in_range, kept, sums as a bytearray)
+  py::tuple forward(const Addresses& addresses, Address loss, Address keep, int threads) const {
+    py::bytearray sums(nullptr, sums_);
+    const auto in = inputs(addresses);
+    LossReport report;
+    {
+      py::gil_scoped_release release;
+      const std::unique_ptr<char[]> workspace(new char[workspace_]);
+      report = run(in, loss, PyByteArray_AS_STRING(sums.ptr()), keep, workspace.get(), threads);
+    }
+    return py::make_tuple(report.labels_in_range, report.kept, sums);
+  }
+
+  // The gradient times grad_loss, which is like the loss.
+  void backward(const Addresses& addresses, Address grad_loss, const py::bytearray& sums, Address grad,
+                int threads) const {
+    const auto in = inputs(addresses);
+    py::gil_scoped_release release;
+    run_back(in, reinterpret_cast<void*>(grad_loss), PyByteArray_AS_STRING(sums.ptr()), grad, threads);
+  }
+
+  // A scalar loss and its gradient; `keeps` says whether the forward call may write the gradient.
+  // labels_in_range
+  bool value_and_grad(const Addresses& addresses, Address loss, Address grad, bool keeps, int threads) const {
+    const auto in = inputs(addresses);
+    py::gil_scoped_release release;
+    const std::unique_ptr<char[]> workspace(new char[workspace_ + sums_]);
+    char* sums = workspace.get() + workspace_;
+    const LossReport report = run(in, loss, sums, keeps ? grad : 0, workspace.get(), threads);
+    float one = 1;
+    double wide_one = 1;
+    void* const grad_loss = loss_.dtype == DType::f64 ? static_cast<void*>(&wide_one) : &one;
+    if (report.labels_in_range && !report.kept) run_back(in, grad_loss, sums, grad, threads);
+    return report.labels_in_range;
+  }
+
+ private:
+  std::array<Array, 5> inputs(const Addresses& addresses) const {
     std::array<Array, 5> in = inputs_;
     for (size_t i = 0; i < in.size(); ++i) {
       if (in[i].data && !addresses[i])
@@ -78,23 +113,27 @@ class LossCall {
             " has no memory of its own (freed, fake or wrapped); pass a plain tensor");
       in[i].data = reinterpret_cast<void*>(addresses[i]);
     }
-    Array loss = loss_, keep = keep_, sums;
-    loss.data = reinterpret_cast<void*>(loss_address);
-    keep.data = reinterpret_cast<void*>(keep_address);
-    sums.data = PyByteArray_AS_STRING(result.ptr());
-    LossReport report;
-    {
-      py::gil_scoped_release release;
-      const std::unique_ptr<char[]> workspace(new char[workspace_]);
-      report = loss_forward(in[0], in[1], in[2], in[3], in[4], options_, reduction_, loss, sums, keep,
-                            workspace.get(), Exec{-1, nullptr, threads});
-    }
-    return py::make_tuple(report.labels_in_range, report.kept, result);
+    return in;
+  }
+  static Array at(Array array, void* address) {
+    array.data = address;
+    return array;
+  }
+  static Array at(const Array& array, Address address) { return at(array, reinterpret_cast<void*>(address)); }
+
+  LossReport run(const std::array<Array, 5>& in, Address loss, void* sums, Address keep, void* workspace,
+                 int threads) const {
+    return loss_forward(in[0], in[1], in[2], in[3], in[4], options_, reduction_, at(loss_, loss),
+                        at(Array{}, sums), at(grad_, keep), workspace, Exec{-1, nullptr, threads});
+  }
+  void run_back(const std::array<Array, 5>& in, void* grad_loss, void* sums, Address grad,
+                int threads) const {
+    loss_backward(in[0], in[1], in[2], in[3], in[4], options_, reduction_, at(loss_, grad_loss),
+                  at(Array{}, sums), at(grad_, grad), false, Exec{-1, nullptr, threads});
   }
 
- private:
   std::array<Array, 5> inputs_;
-  Array loss_, keep_;
+  Array loss_, grad_;
   LossOptions options_;
   Reduction reduction_;
   size_t sums_, workspace_;
@@ -105,7 +144,9 @@ class LossCall {
 void bind_losses(py::module_& m) {
   py::class_<LossCall>(m, "LossCall")
       .def(py::init<const std::array<Array, 5>&, const LossOptions&, int, const Array&, const Array&>())
-      .def("forward", &LossCall::forward);
+      .def("forward", &LossCall::forward)
+      .def("backward", &LossCall::backward)
+      .def("value_and_grad", &LossCall::value_and_grad);
   m.def("loss_workspace", &loss_workspace);
   m.def(
       "loss_forward",

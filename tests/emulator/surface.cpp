@@ -161,7 +161,9 @@ int main() {
   pair("line", {150}, 1, 0.05, 0.03, false, unit);
   pair("sparse", {3, 5, 300}, 3, 0.002, 0.002, false, wide);
   pair("sparse, medpy", {36, 20, 8}, 3, 0.0003, 0.0002, false, medpy);
+#ifndef __SANITIZE_THREAD__  // takes its time, and threads do what they do nearby
   pair("far apart", {24, 40, 8}, 3, 0.9, 0.9, true, unit);
+#endif
   pair("pred empty", {4, 5, 6}, 3, 0, 0.3, false, unit);
   pair("both empty", {8, 6}, 2, 0, 0, false, unit);
   pair("full", {2, 2, 66, 8}, 2, 1, 1, false, unit);
@@ -184,7 +186,9 @@ int main() {
   cells.spacing[0] = 2.5;
   cells.percentile = 50;
   pair("cells, pooled, edge repeated", {5, 9, 70}, 3, 0.6, 0.9, false, cells);
+#ifndef __SANITIZE_THREAD__
   pair("cells, far apart", {24, 40, 8}, 3, 0.9, 0.9, true, cells);
+#endif
   classes.classes = 2;
   classes.first_label = 1;
   classes.tolerance_classes = classes.tolerances = 2;
