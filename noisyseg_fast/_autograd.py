@@ -96,7 +96,7 @@ class Known:
             raise losses.bad_label(arrays[0].shape[1])
         return loss, sums, grad if kept else None
 
-    def backward(self, arrays: Arrays, grad_loss: Tensor, sums: bytearray) -> Tensor:
+    def backward(self, arrays: Arrays, grad_loss: Tensor, sums: bytearray) -> Any:
         if self.shape:  # grad_loss may have strides of its own
             return losses.backward(
                 self.plan.space, arrays, self.plan.options, self.plan.reduction, grad_loss, sums
@@ -107,7 +107,7 @@ class Known:
         )
         return grad
 
-    def value_and_grad(self, arrays: Arrays) -> tuple[Tensor, Tensor]:
+    def value_and_grad(self, arrays: Arrays) -> tuple[Any, Any]:
         arrays = self.plan.arrays(arrays)
         if self.shape:
             return losses.value_and_grad(self.plan.space, arrays, self.plan.options, self.plan.reduction)

@@ -307,10 +307,8 @@ def _pulled_back(options: _Options, tensors: Any, stats: Tensor, grad_y: Tensor,
     wanted = [i for i in range(4) if needed[i]]
 
     def value(*chosen: Any) -> Any:
-        swapped = list(tensors)
-        for i, t in zip(wanted, chosen, strict=True):
-            swapped[i] = t
-        return options.composed(*swapped, update=False)
+        x, weight, bias, slope = (chosen[wanted.index(i)] if i in wanted else tensors[i] for i in range(4))
+        return options.composed(x, weight, bias, slope, update=False)
 
     pulled: Any = torch.func.vjp(value, *(tensors[i] for i in wanted))
     grads = dict(zip(wanted, pulled[1](grad_y), strict=True))
