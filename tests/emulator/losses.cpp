@@ -306,7 +306,7 @@ int main(int count, char** arguments) {
   for (int64_t classes : {2, 7}) run({2, classes, 7, 11, 17}, false);
   run({1, 257, 2}, false);  // more classes than a block keeps on chip
   run({1, 70, 300}, false);
-  run({12, 69, 4}, false);  // too many sums for one block
+  run({12, 69, 4}, false);   // too many sums for one block
 #ifndef __SANITIZE_THREAD__  // more images than a block has threads; a third of this program's time there
   run({300, 1, 4}, false);
 #endif
