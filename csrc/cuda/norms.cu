@@ -180,17 +180,21 @@ __global__ void __launch_bounds__(block_threads, 1)
     d += off, dd += off * off;
     if (dual) dt += off * w[j];
   }
-  double second[3] = {static_cast<double>(d), static_cast<double>(dd), static_cast<double>(dt)};
-  if (second[1] - second[1] != 0) {  // squares beyond T
-    second[0] = second[1] = second[2] = 0;
+  double unit = 1;
+  if (sizeof(T) == 4 && dd - dd != 0) {  // squares beyond T: all of it in a larger unit
+    constexpr T small = T(1) / T(1ull << 35) / T(1ull << 35);
+    unit = 1 / static_cast<double>(small);
+    d = dd = dt = T(0);
 #pragma unroll
     for (int j = 0; j < n; ++j) {
       if (j >= run.valid) continue;
-      const double off = static_cast<double>(v[j]) - static_cast<double>(shift);
-      second[0] += off, second[1] += off * off;
-      if (dual) second[2] += off * static_cast<double>(w[j]);
+      const T off = v[j] * small - shift * small;
+      d += off, dd += off * off;
+      if (dual) dt += off * w[j];
     }
   }
+  double second[3] = {static_cast<double>(d) * unit, static_cast<double>(dd) * unit * unit,
+                      static_cast<double>(dt) * unit};
   sum_of_channel(t, second);
   if (!at.inside || at.lane != 0) return;
   const NormMoments m =

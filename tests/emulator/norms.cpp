@@ -25,8 +25,9 @@ Tensor drawn(const Shape& shape, DType dtype, Order order, double middle) {
   return t;
 }
 
-void check(const Shape& shape, Kind kind, bool dual) {
-  const DType dtype = pick({DType::f32, DType::f32, DType::f64, DType::bf16, DType::f16});
+// huge: a value whose square no float holds.
+void check(const Shape& shape, Kind kind, bool dual, bool huge = false) {
+  const DType dtype = huge ? DType::f32 : pick({DType::f32, DType::f32, DType::f64, DType::bf16, DType::f16});
   const Order order = pick({Order::contiguous, Order::channels_last});
   const bool half = dtype == DType::f16 || dtype == DType::bf16;
   const DType wide = dtype == DType::f64 ? DType::f64 : DType::f32;
@@ -39,6 +40,7 @@ void check(const Shape& shape, Kind kind, bool dual) {
   o.groups = kind == Kind::group ? (channels % 2 ? 1 : 2) : channels;
   o.slope = pick({0.0, 0.2, 1.0}), o.momentum = 0.3;
   Tensor x = drawn(shape, dtype, order, 3), x_dot, grad_y = drawn(shape, dtype, order, 0.2);
+  if (huge) reinterpret_cast<float*>(x.bytes.data())[1] = 1e30f;
   if (dual && pick(4)) x_dot = drawn(shape, dtype, order, 0.5);
   const bool affine = pick(3);
   const int64_t slopes = pick({int64_t{0}, int64_t{1}, channels});
@@ -116,6 +118,7 @@ int main(int count, char** arguments) {
     check({1, 2, 50, 64}, Kind::batch, dual);  // several tiles
     check({1, 2, 50, 64}, Kind::group, dual);
     check({70, 3}, Kind::batch, dual);
+    check({2, 3, 9, 8}, Kind::batch, dual, true);
   }
   std::fprintf(stderr, failures ? "norms: %d differences\n" : "norms: CUDA and CPU agree\n", failures);
   return failures != 0;
