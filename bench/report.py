@@ -20,7 +20,7 @@ from typing import Any
 from rich.table import Table
 
 from noisyseg_fast import build_info
-from noisyseg_fast.timing import COPY, OURS, Measurement, duration
+from noisyseg_fast.timing import AT_ONCE, COPY, OURS, Measurement, duration
 
 PLAIN = "plain PyTorch + SciPy"  # the contender of plain.py
 PACKAGES = ("torch", "numpy", "scipy", "monai", "edt", "medpy", "SimpleITK")
@@ -352,8 +352,8 @@ def small_calls(runs: dict[str, dict[str, Any]]) -> str:
     """The losses on a few thousand pixels, where PyTorch's own calls are most of the time."""
     among = [c for name in ("losses", "sweeps") for c in runs.get(name, {}).get("cases", ())]
     found = [c for c in among if c["bytes_moved"] <= SMALL and "forward + backward" in c["operation"]]
-    names = [OURS, "eager", "torch.compile"]
-    lines = [_line(["operation", "input", "floor", *names]), _line(["---"] * 2 + ["---:"] * 4)]
+    names = [OURS, AT_ONCE, "eager", "torch.compile"]
+    lines = [_line(["operation", "input", "floor", *names]), _line(["---"] * 2 + ["---:"] * 5)]
     for case in found:
         floor, timed = floor_of(case), case["contenders"]
         cells = [_entry(case, n) if n in timed else "" for n in names]
@@ -459,7 +459,7 @@ def _entry(case: dict[str, Any], name: str) -> str:
     faster = timed["ours_is_faster"]
     if faster and name == case.get("baseline"):
         return f"{duration(timed['p50'])} (ours {1 / faster:.2f} of it)"
-    return duration(timed["p50"]) + (f" ({faster:.1f}x)" if name != OURS and faster else "")
+    return duration(timed["p50"]) + (f" ({faster:.1f}x)" if not _own(name) and faster else "")
 
 
 def _line(cells: list[str]) -> str:

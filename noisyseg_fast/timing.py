@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 OURS = "ours"
+AT_ONCE = "ours, return_grad"
 COMPILED = "torch.compile"
 LATER = "--all runs it"  # ends the note of what was left out for want of time
 COPY = "copy"  # a plain copy that moves as many bytes as the operation must: the floor of its time
@@ -505,16 +506,21 @@ def loss_contenders(
     deadline: float = math.inf,
     shared: bool = False,
 ) -> list[Contender]:
-    """Forward and backward of ours and of `plain`, which is the same as one writes it in PyTorch."""
+    """Forward and backward of ours and of `plain`, which is the same as one writes it in PyTorch; of few logits also
+    ours without autograd, whose own calls take most of the time there."""
 
     def prepare(function: Callable[..., Any]) -> Call:
         return value_and_grad(function, logits, *args)
 
-    return [
+    contenders = [
         Contender(OURS, partial(prepare, ours)),
         Contender("eager", partial(prepare, plain)),
         compiled(plain, prepare, deadline, shared),
     ]
+    if logits.numel() <= 4096:
+        at_once = partial(ours, logits.detach(), *args, return_grad=True)
+        contenders.append(Contender(AT_ONCE, lambda: at_once))
+    return contenders
 
 
 def random_logits(shape: Sequence[int], device: str) -> Any:
@@ -607,8 +613,8 @@ def weighted_ce_case(
     target = torch.randint(0, shape[1], pixels, generator=random, dtype=torch.uint8).to(device)
     weight = torch.rand(pixels, generator=random).to(device)
 
-    def ours(logits: Any, target: Any, weight: Any) -> Any:
-        return losses.pixel_loss(logits, target, weight=weight)
+    def ours(logits: Any, target: Any, weight: Any, **options: Any) -> Any:
+        return losses.pixel_loss(logits, target, weight=weight, **options)
 
     def exact(logits: Any, target: Any, weight: Any) -> Any:
         return reference.pixel_loss(logits, target, weight=weight)

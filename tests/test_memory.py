@@ -95,7 +95,7 @@ def check_growth(operation: Operation, calls: int, seconds: float) -> None:
     start = time.perf_counter()
     operation.call(**arrays)
     each = time.perf_counter() - start
-    calls = max(20, min(calls, int(seconds / each)))
+    calls = max(20, int(min(calls, seconds / each)))
     traced = max(10, calls // 10)
     gc.freeze()  # so that a collection need not look at all that the process has imported
     try:
