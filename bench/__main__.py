@@ -147,6 +147,9 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, help="for all of it; default: 13, with --quick 1.5, no limit with --all"
     )
+    parser.add_argument(
+        "--seconds", type=float, help="of timing for each case; default: 0.5, with --quick 0.2, with --all 3"
+    )
     parser.add_argument("--family", choices=FAMILIES, action="append", help="repeatable; default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where it can be used")
     parser.add_argument("--out", type=Path, help="folder for the results; default: bench/results/<processor>")
@@ -159,10 +162,12 @@ def main() -> None:
         print(f"bench: this machine is busy (load {machine['load']:.1f}); times will be off", file=sys.stderr)
     last = known(out, device)
     limits = QUICK if options.quick else ALL if options.all else FULL
-    if options.minutes is not None:
-        if not options.minutes > 0:
-            parser.error(f"--minutes must be positive, got {options.minutes:g}")
-        limits = limits._replace(minutes=options.minutes)
+    for name in ("minutes", "seconds"):
+        value = getattr(options, name)
+        if value is not None:
+            if not value > 0:
+                parser.error(f"--{name} must be positive, got {value:g}")
+            limits = limits._replace(**{name: value})
     work = {
         name: list(FAMILIES[name].cases(device, options.quick))
         for name in dict.fromkeys(options.family or FAMILIES)

@@ -594,16 +594,17 @@ struct Norm {
       const Tile<T> g = fetch<T>(grad_y, block.at, block.step, n, wide, space[1]);
       const Coefficients<T> q = columns(b, block, shared);
       const T *mean = q.row(0), *scale = q.row(2), *shift = q.row(4), *slope = q.row(6);
-      const auto off = [&](int64_t r, int64_t l) { return x.data[r * x.step + l] - mean[l]; };
-      const auto before = [&](int64_t r, int64_t l) { return scale[l] * off(r, l) + shift[l]; };
-      const auto through = [&](int64_t r, int64_t l) {
-        const T h = g.data[r * g.step + l];
-        return before(r, l) > T(0) ? h : slope[l] * h;
+      // By value, and both of a choice's ends before it: only then do these become vectors.
+      const auto off = [=](int64_t r, int64_t l) { return x.data[r * x.step + l] - mean[l]; };
+      const auto before = [=](int64_t r, int64_t l) { return scale[l] * off(r, l) + shift[l]; };
+      const auto through = [=](int64_t r, int64_t l) {
+        const T h = g.data[r * g.step + l], low = slope[l] * h;
+        return before(r, l) > T(0) ? h : low;
       };
       tile_sum(n, wide, sums[0], through);
-      tile_sum(n, wide, sums[1], [&](int64_t r, int64_t l) { return through(r, l) * off(r, l); });
+      tile_sum(n, wide, sums[1], [=](int64_t r, int64_t l) { return through(r, l) * off(r, l); });
       if (in.slope)
-        tile_sum(n, wide, sums[2], [&](int64_t r, int64_t l) {
+        tile_sum(n, wide, sums[2], [=](int64_t r, int64_t l) {
           const T v = before(r, l), h = g.data[r * g.step + l] * v;
           return v > T(0) ? T(0) : h;
         });
