@@ -54,9 +54,8 @@ def layer_case(
 
     values = [draw(*shape), draw(shape[1]), draw(shape[1])]
     dots = [draw(*v.shape) for v in values]
-    if (
-        what == "forward + backward"
-    ):  # nothing comes back through pixels whose sign the allowed error can turn
+    # Nothing comes back through pixels whose sign the allowed error can turn.
+    if what == "forward + backward":
         exact = reference.norm_act(*(v.double() for v in values), slope=SLOPE)
         dots[0] *= exact.abs() > TOLERANCE * exact.abs().max()
 
