@@ -92,8 +92,13 @@ Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 
 
 @app.callback()
-def _root(debug: Debug = False) -> None:
-    pass
+def _root(ctx: typer.Context, debug: Debug = False) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if processes > 1 and ctx.invoked_subcommand != "train":
+        raise ValueError(
+            f"noisyseg {ctx.invoked_subcommand} runs as one process, and torchrun has started {processes}; start one "
+            "without torchrun, or several with a part of the files each (--device cuda:N)"
+        )
 
 
 @app.command()
@@ -236,8 +241,9 @@ def train(
     Example: `noisyseg train --resume runs/nr_dice` goes on where a run stopped, to the bit.
 
     SIGINT (Ctrl-C) and SIGTERM: the step is finished, last.pt is written, and the exit code is 128 and the signal's
-    number, as shells and schedulers report one: 130 or 143. A second signal, a second later or more, ends the process
-    at once. Other codes: 0 done, 1 an error of this program, 2 bad settings, data, files or a loss that is not finite.
+    number, as shells and schedulers report one: 130 or 143. A second one, a second later or more (SIGTERM: three),
+    ends the process at once. Other codes: 0 done, 1 an error of this program, 2 bad settings, data, files or a loss
+    that is not finite.
     """
     import dataclasses
 

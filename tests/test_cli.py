@@ -238,6 +238,17 @@ def test_run_folder_in_use(trained):
     )  # fmt: skip
 
 
+def test_one_process_where_torchrun_starts_several(monkeypatch, tmp_path):
+    for name, value in {"WORLD_SIZE": 4, "LOCAL_RANK": 0, "RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    fails(
+        "predict", tmp_path / "best.pt", tmp_path, "--out", tmp_path / "out",
+        message="noisyseg predict runs as one process, and torchrun has started 4; start one without torchrun, or "
+        "several with a part of the files each (--device cuda:N)",
+    )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
 def test_predict_errors_write_nothing(trained, tmp_path):
     out, _ = trained
     masks = tmp_path / "masks"

@@ -358,9 +358,9 @@ def test_a_second_signal_ends_at_once(tiny, tmp_path, monkeypatch, untested):
         os.kill(pid, signal.SIGTERM)
         time.sleep(0.2)
     assert os.waitpid(pid, os.WNOHANG) == (0, 0)
-    time.sleep(signals.AGAIN)
-    os.kill(pid, signal.SIGTERM)
-    assert exit_code(pid) == -signal.SIGTERM
+    time.sleep(signals.AGAIN[signal.SIGINT])
+    os.kill(pid, signal.SIGINT)
+    assert exit_code(pid) == -signal.SIGINT
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------
@@ -753,15 +753,16 @@ def test_a_worker_that_is_killed(tiny, tmp_path, monkeypatch, untested, uninterr
 
 
 def test_workers_outlive_a_signal_to_all_processes(tiny, tmp_path, monkeypatch, untested, uninterrupted):
-    """As Slurm's scancel and Ctrl-C in a terminal send it."""
+    """As Ctrl-C in a terminal, and Slurm and then torchrun (which sends on what it got to the whole group) send it."""
     config = replace(of(tiny, "ce", tmp_path / "run"), workers=2)
     for number, step in ((signal.SIGTERM, 1), (signal.SIGINT, 4)):
 
         def all_of(loop, number=number):
-            for worker in multiprocessing.active_children():
-                os.kill(worker.pid, number)
-            os.kill(os.getpid(), number)
-            time.sleep(0.3)
+            for _ in range(2):
+                for worker in multiprocessing.active_children():
+                    os.kill(worker.pid, number)
+                os.kill(os.getpid(), number)
+                time.sleep(0.3)
 
         with monkeypatch.context() as patch:
             at_step(patch, step, all_of)
@@ -769,3 +770,16 @@ def test_workers_outlive_a_signal_to_all_processes(tiny, tmp_path, monkeypatch, 
                 train(config, resume=step > 1, report=False)
         assert end(tmp_path / "run")["step"] == step + 1
     goes_on(tmp_path / "run", uninterrupted)
+
+
+def test_workers_outlive_a_signal_at_their_start(tiny, tmp_path, monkeypatch, untested, uninterrupted):
+    """Each gets SIGTERM when torch's own handler is set, which ends it, and ours is not yet."""
+    torchs_own = torch.utils.data._utils.signal_handling._set_worker_signal_handlers
+
+    def and_a_signal():
+        torchs_own()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_set_worker_signal_handlers", and_a_signal)
+    train(replace(of(tiny, "ce", tmp_path / "run"), workers=2), report=False)
+    same(uninterrupted, end(tmp_path / "run"))

@@ -41,7 +41,7 @@ from .evaluate import Summary
 from .files import clear, older, write_csv, write_json
 from .label_errors import Found, explained, find
 from .model import FORMAT, ModelSpec, load_model, pick_device, read_checkpoint, save, spec_dict, spec_of
-from .signals import Asked, Interrupted, in_worker
+from .signals import Asked, Interrupted, held, in_worker
 from .untrusted import first_line, parse_json, parse_settings, typed
 
 if TYPE_CHECKING:
@@ -403,6 +403,14 @@ def merge_pictures(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict
                 entry["noisy"] = picture["noisy"]
             entry["predictions"][name] = picture["prediction"]
     return list(merged.values())
+
+
+class _Loader(torch.utils.data.DataLoader[Any]):
+    """Its workers see no signal before they know what to do with one."""
+
+    def __iter__(self) -> Any:
+        with held():
+            return super().__iter__()
 
 
 class _Loop:
@@ -779,7 +787,7 @@ class _Loop:
         self.training.epoch = epoch
         order, size = self.training.order(epoch), self.config.batch_size
         batches = [order[start : start + size] for start in range(done * size, len(order), size)]
-        loader: Any = torch.utils.data.DataLoader(
+        loader: Any = _Loader(
             self.training,
             batch_sampler=self.group.shares(batches),
             num_workers=self.config.workers,

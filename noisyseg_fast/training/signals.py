@@ -6,10 +6,13 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
-AGAIN = 1.0  # seconds: torchrun and terminals send the same request twice within a moment
+# Seconds: terminals send the same request twice within a moment, and torchrun sends on what Slurm has sent to all.
+AGAIN = {signal.SIGINT: 1.0, signal.SIGTERM: 3.0}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -27,7 +30,7 @@ class Interrupted(KeyboardInterrupt):
 class Asked:
     """Inside `with`, in the main thread: `number` is the signal that asked to stop, None before one came.
 
-    A second signal, a second or more after the first, does what it does to any process: it ends it.
+    A second signal, AGAIN seconds or more after the first, does what it does to any process: it ends it.
     """
 
     def __init__(self) -> None:
@@ -48,13 +51,26 @@ class Asked:
         """The handler."""
         if self.number is None:
             self.number, self._first = number, time.monotonic()
-        elif time.monotonic() - self._first >= AGAIN:
+        elif time.monotonic() - self._first >= AGAIN[signal.Signals(number)]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Signals that ask to stop wait. Around the start of worker processes, which inherit that until `in_worker`:
+    one that is asked in between would end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def in_worker(_: int = 0) -> None:
-    """For processes that prepare batches: schedulers and terminals signal all processes at once, and the run needs
-    these until its step is done. The first SIGTERM is passed over, the second, multiprocessing's own, obeyed."""
+    """For processes that prepare batches: schedulers and terminals signal all processes at once, torchrun after them
+    its own, and the run needs these until its step is done. SIGTERM is passed over until AGAIN seconds after the first
+    one; a later one, multiprocessing's own, is obeyed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL) and None)
+    signal.signal(signal.SIGTERM, Asked().note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
