@@ -5,11 +5,13 @@ Each call must end as that with contiguous native copies does: the same numbers,
 ValueError of one line. What was read is compared with what it was before.
 
     python scripts/fuzz_arrays.py --executions 1000000 --seed 1
+    python scripts/fuzz_arrays.py --atheris --seconds 600       steered by coverage, where atheris is installed
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import sys
 import time
@@ -22,8 +24,15 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "tests")]
 
-import operations  # noqa: E402
-from operations import Operation, flat  # noqa: E402
+with contextlib.ExitStack() as instrumented:
+    if "--atheris" in sys.argv:
+        import atheris
+
+        instrumented.enter_context(atheris.instrument_imports(include=["noisyseg_fast"]))
+    import operations
+    from operations import Operation, flat
+
+    operations.operations()  # imports the package's modules
 
 SLOW = (
     "calibrate",
@@ -58,7 +67,31 @@ def chosen() -> list[Operation]:
     return [o for o in operations.operations() if not any(word in o.name for word in SLOW)]
 
 
-def laid_out(x: Any, r: np.random.Generator) -> Any:
+class Bytes:
+    """What is drawn below of numpy.random.Generator, from a fuzzer's bytes, which it can change one by one."""
+
+    def __init__(self, content: bytes) -> None:
+        self.left = atheris.FuzzedDataProvider(content)
+
+    def integers(self, low: int, high: int | None = None) -> int:
+        low, high = (0, low) if high is None else (low, high)
+        return int(self.left.ConsumeIntInRange(low, high - 1))
+
+    def random(self) -> float:
+        return float(self.left.ConsumeProbability())
+
+    def choice(self, options: Any, p: Any = None, size: int | None = None) -> Any:
+        chosen = [options[self.integers(len(options))] for _ in range(1 if size is None else size)]
+        return chosen[0] if size is None else chosen
+
+    def permutation(self, n: int) -> Any:
+        return np.argsort([self.integers(256) for _ in range(n)], kind="stable")
+
+
+Draws = np.random.Generator | Bytes
+
+
+def laid_out(x: Any, r: Draws) -> Any:
     """The same values with other strides, order, alignment or byte order."""
     kind = r.integers(10)
     if x.ndim == 0 or x.dtype.hasobject:
@@ -90,7 +123,7 @@ def laid_out(x: Any, r: np.random.Generator) -> Any:
     return x
 
 
-def reshaped(x: Any, r: np.random.Generator) -> Any:
+def reshaped(x: Any, r: Draws) -> Any:
     """Another shape, mostly wrong."""
     kind = r.integers(6)
     if kind == 0:
@@ -131,15 +164,14 @@ def same(a: list[Any], b: list[Any]) -> bool:
     )
 
 
-def execute(operation: Operation, seed: int, index: int, counts: Counter[str]) -> None:
-    """One draw and its two calls; AssertionError for what must not be."""
-    r = np.random.default_rng([seed, index])
+def execute(operation: Operation, r: Draws, values: np.random.Generator, counts: Counter[str]) -> None:
+    """One draw, r, its arrays' values, and its two calls; AssertionError for what must not be."""
     batch = int(r.choice([0, 1, 2, 3], p=[0.05, 0.35, 0.4, 0.2]))
     size = tuple(
         int(n)
         for n in r.choice([0, 1, 2, 3, 4, 6], p=[0.03, 0.17, 0.2, 0.2, 0.2, 0.2], size=r.integers(1, 4))
     )
-    plain = operation.make(r, batch, size)
+    plain = operation.make(values, batch, size)
     for name in plain:
         spoil = r.random()
         if spoil < 0.06:
@@ -189,6 +221,25 @@ def execute(operation: Operation, seed: int, index: int, counts: Counter[str]) -
         )
 
 
+def execute_draw(operation: Operation, seed: int, index: int, counts: Counter[str]) -> None:
+    r = np.random.default_rng([seed, index])
+    execute(operation, r, r, counts)
+
+
+def by_atheris(every: list[Operation], executions: int, seconds: float) -> None:
+    """Does not return: libFuzzer ends the process."""
+    counts: Counter[str] = Counter()
+
+    def one(content: bytes) -> None:
+        r = Bytes(content)
+        operation, values = every[r.integers(len(every))], np.random.default_rng(r.integers(1 << 16))
+        execute(operation, r, values, counts)
+
+    options = [f"-runs={executions}", f"-max_total_time={int(seconds)}", "-max_len=256", "-len_control=0"]
+    atheris.Setup([sys.argv[0], *options, "-rss_limit_mb=4096"], one)
+    atheris.Fuzz()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -196,6 +247,8 @@ def main() -> None:
     parser.add_argument("--executions", type=int, default=1_000_000, help="draws")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="the number of the first draw, to repeat one")
+    parser.add_argument("--atheris", action="store_true")
+    parser.add_argument("--seconds", type=float, default=1e9, help="with --atheris, at most")
     parser.add_argument("--only", default="", help="operations whose name holds this")
     options = parser.parse_args()
     faulthandler.enable()
@@ -205,13 +258,15 @@ def main() -> None:
 
     torch.set_num_threads(1)
     every = [o for o in chosen() if options.only in o.name]
+    if options.atheris:
+        by_atheris(every, options.executions, options.seconds)
     counts: Counter[str] = Counter()
     failed: Counter[str] = Counter()
     start = time.perf_counter()
     for index in range(options.first, options.first + options.executions):
         operation = every[index % len(every)]
         try:
-            execute(operation, options.seed, index, counts)
+            execute_draw(operation, options.seed, index, counts)
         except Exception as error:
             failed[operation.name] += 1
             if failed[operation.name] <= 3:

@@ -114,7 +114,7 @@ def test_arrays(arrays: object) -> None:
     for index in range(2000):
         operation = every[index % len(every)]
         try:
-            arrays.execute(operation, 1, index, Counter())
+            arrays.execute_draw(operation, 1, index, Counter())
         except Exception as error:
             raise AssertionError(f"draw {index}, {operation.name}: {error}") from error
 
@@ -131,7 +131,7 @@ def test_arrays_by_hypothesis(arrays: object) -> None:
         strategies.sampled_from(every), strategies.integers(0, 2**31), strategies.integers(0, 2**31)
     )
     def check(operation: object, seed: int, index: int) -> None:
-        arrays.execute(operation, seed, index, Counter())
+        arrays.execute_draw(operation, seed, index, Counter())
 
     check()
 
