@@ -592,6 +592,8 @@ RUNS = [
         RUN("cannot be read as JSON: Expecting value: line 1 column 1 (char 0)")),
     Bad("Nested too deeply", "config.json", content("[" * 100_000), RUN("cannot be read as JSON: nested too deeply")),
     Bad("Nothing in it", "config.json", content("{}"), RUN("'config'")),
+    Bad("A list in place of settings", "config.json", content('{"config": [16, 16]}'),
+        RUN("needs the name of each setting, got [16, 16]")),
     Bad("An unknown setting", "config.json", content('{"config": {"x": 1}}'), RUN("unknown setting 'x'")),
     Bad(
         "Another type", "config.json", content('{"config": {"lr": "x"}}'), RUN("lr must be a number, got 'x'"),

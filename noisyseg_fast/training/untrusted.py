@@ -255,6 +255,8 @@ def typed(values: Mapping[str, Any], hints: Mapping[str, Any], what: str = "sett
     or None; ValueError for others and for unknown names. Text that is a number (YAML's 1e-3) counts as one."""
     import difflib
 
+    if not isinstance(values, Mapping):
+        raise ValueError(f"needs the name of each {what}, got {short(values)}")
     result = {}
     for name, value in values.items():
         if name not in hints:
