@@ -11,9 +11,8 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 nodes=(node0 node1)
 cleanup() {
-    [ $? -eq 0 ] || tail -n 5 "$work"/*.log >&2
+    [ $? -eq 0 ] || tail -n 5 "$work"/*.log
     set +e
-    touch "$work/over"
     [ -f "$work/slurmctld.pid" ] && kill "$(cat "$work/slurmctld.pid")"
     for node in "${nodes[@]}"; do
         [ -f "$work/$node.pid" ] && kill "$(cat "$work/$node.pid")"

@@ -241,6 +241,16 @@ def test_four_processes_with_three_images(four, case):
     assert four[0][case] < 1e-6
 
 
+def every_method(group):
+    return {name: compared(group, name, "unet", 5) for name in methods.METHODS}
+
+
+@pytest.mark.soak
+def test_four_processes_with_every_method(folder):
+    found = spread(every_method, 4, folder)[0]
+    assert {name: difference for name, difference in found.items() if not difference < 1e-6} == {}
+
+
 def test_a_process_whose_images_have_no_labels(two):
     assert max(two[0]["unlabelled"]) < 1e-6
 

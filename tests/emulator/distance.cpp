@@ -9,6 +9,7 @@
 
 #include "cuda/edt.cuh"
 #include "dense.h"
+#include "watched.h"
 
 #define DECLARE(space)                                                                                     \
   namespace noisyseg::space {                                                                              \
@@ -166,6 +167,7 @@ void run_as(const std::vector<int64_t>& shape, int dims, const double* spacing, 
   const char* const names[] = {"boundary", "two_sided", "kervadec", "dtc"};
   for (int convention = 0; convention < 4; ++convention)
     for (const bool normalize : {false, true}) {
+      if ((watched || n > 1000) && normalize != (convention > 1)) continue;  // what takes its time
       options = {};
       options.convention = static_cast<SignedMap>(convention);
       options.normalize = normalize;
@@ -237,13 +239,13 @@ int main() {
     run({2, 8, 8}, 2, nullptr, kind, seed++);
     run({1, 3, 4, 5}, 3, spacing, kind, seed++);
     run({2, 5, 1, 7}, 3, nullptr, kind, seed++);
-    // What takes its time: threads do much the same for each kind.
-    if (std::strcmp(kind, "random") && std::strcmp(kind, "lone")) continue;
+    if (std::strcmp(kind, "random") && (watched || std::strcmp(kind, "lone"))) continue;
     run({1, 80, 81}, 2, nullptr, kind, seed++);  // too large for one block: one kernel for each axis
     run({1, 6, 40, 33}, 3, spacing, kind, seed++);
   }
   // Lines so long that their searches give way to the envelope, along axis 2 and axis 0.
   for (const char* kind : {"sparse", "lone"}) {
+    if (watched && !std::strcmp(kind, "sparse")) continue;
     run({3, 300}, 2, nullptr, kind, seed++);
     run({300, 2, 3}, 3, spacing, kind, seed++);
     run({1, 270, 1, 20}, 3, nullptr, kind, seed++);

