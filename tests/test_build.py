@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
 import re
 import shutil
@@ -184,6 +186,19 @@ def test_metadata_asks_for_no_torch() -> None:
     needed = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
     assert not [n for n in needed if "torch" in n]
     assert "torch" not in (ROOT / "setup.py").read_text()
+
+
+def test_the_pinned_versions_take_the_oldest_python() -> None:
+    """Debian 12 has 3.11.2; a release that asks for a later 3.11 cannot be installed there."""
+    specifiers = pytest.importorskip("packaging.specifiers")
+    asks = {}
+    for name in re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.M):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of another Python
+            asks[name] = importlib.metadata.metadata(name)["Requires-Python"] or ""
+    assert len(asks) > 50
+    assert {
+        name: ask for name, ask in asks.items() if not specifiers.SpecifierSet(ask).contains("3.11.0")
+    } == {}
 
 
 def test_nothing_is_compiled_at_first_use() -> None:
