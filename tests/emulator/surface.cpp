@@ -162,7 +162,7 @@ int main() {
   pair("flat, batch", {2, 2, 11, 130}, 2, 0.05, 0.05, false, wide);
   pair("line", {150}, 1, 0.05, 0.03, false, unit);
   pair("sparse", {3, 5, 300}, 3, 0.002, 0.002, false, wide);
-  pair("sparse, medpy", {36, 12, 8}, 3, 0.0003, 0.0002, false, medpy);
+  pair("sparse, medpy", {36, 20, 8}, 3, 0.0003, 0.0002, false, medpy);
   if (!watched) pair("far apart", {24, 40, 8}, 3, 0.9, 0.9, true, unit);
   if (!watched) pair("pred empty", {4, 5, 6}, 3, 0, 0.3, false, unit);
   pair("both empty", {8, 6}, 2, 0, 0, false, unit);
